@@ -123,7 +123,7 @@ class Context:
 class Aux(NamedTuple):
   """What a loss returns beside its value."""
 
-  metrics: Mapping[str, Array]  # scalars, nats unless the name says otherwise
+  metrics: Mapping[str, Array] = {}  # scalars, nats unless the name says otherwise
   stats: Mapping[str, Any] = {}  # entries of `ctx.stats` that changed
 
 

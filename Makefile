@@ -1,0 +1,39 @@
+# make demo    environment, install, and the main job on the embedded data: a report in minutes
+# make test    environment, install, all tests
+# make bench   the benchmark tables of docs/benchmarks.md
+#
+# PYTHON picks the interpreter (3.11 or newer); each has an environment of its own.
+
+PYTHON ?= python3
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+VENV ?= .venv-$(VERSION)
+RUN := $(VENV)/bin/python
+CONFIG ?= experiments/nvae_nce.py
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/xla-$(VERSION)
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS = 0
+export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES = -1
+
+.PHONY: demo test test-fast bench install clean
+
+demo: install
+	$(RUN) -m latentgen.main --config=$(CONFIG)
+
+test: install
+	JAX_PLATFORMS=cpu $(RUN) -m pytest
+
+test-fast: install
+	JAX_PLATFORMS=cpu $(RUN) -m pytest -m "not slow"
+
+bench: install
+	$(RUN) bench/run.py
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("latentgen needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv-* .cache .pytest_cache

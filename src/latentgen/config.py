@@ -1,0 +1,298 @@
+"""From a config file to a run: loading, overriding, checking, building.
+
+A config is plain data (ml_collections.ConfigDict). Names in it are module paths: `model.name = 'nvae'` is
+`latentgen.nets.nvae`, a dotted name is a module of the user's own; each such module offers `build`.
+"""
+
+import ast
+from collections.abc import Callable, Iterable, Mapping
+import dataclasses
+import difflib
+import importlib
+import importlib.util
+import inspect
+import pathlib
+import pkgutil
+from types import ModuleType
+import typing
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from latentgen.errors import UserError, near
+
+TOP_LEVEL = ('data', 'model', 'recipe', 'stages', 'evaluate', 'mesh', 'train', 'seed', 'paper')
+
+
+# ------------------------------------------------------------------------------------------- files and overrides
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+  """An experiment file with the variant that was asked for."""
+
+  path: pathlib.Path
+  variant: str
+  module: ModuleType
+
+  @property
+  def name(self) -> str:
+    return self.path.stem + (f'-{self.variant}' if self.variant else '')
+
+
+def load(spec: str) -> tuple[File, ConfigDict]:
+  """Loads 'path.py' or 'path.py:variant'.
+
+  Raises:
+    UserError: no such file, no `get_config` in it, an error in it, or an unknown variant.
+  """
+  name, _, variant = spec.partition(':')
+  path = pathlib.Path(name)
+  if not path.is_file():
+    folder = path.parent if path.parent.is_dir() else pathlib.Path('experiments')
+    found = [p.as_posix() for p in folder.glob('*.py')] if folder.is_dir() else []
+    raise UserError(f'--config: there is no file {name!r}{near(name, found) if found else ""}')
+  loader = importlib.util.spec_from_file_location(f'latentgen_experiment_{path.stem}', path)
+  if loader is None:
+    raise UserError(f'--config: {name!r} is not a Python file')
+  module = importlib.util.module_from_spec(loader)
+  try:
+    loader.loader.exec_module(module)
+  except Exception as error:
+    raise UserError(f'--config: {name} cannot be loaded: {type(error).__name__}: {_one_line(error)}') from error
+  if not callable(getattr(module, 'get_config', None)):
+    raise UserError(f'--config: {name} defines no get_config(variant)')
+  variants = ('', *getattr(module, 'VARIANTS', ()))
+  if variant not in variants:
+    raise UserError(f'--config: {name} has no variant {variant!r}{near(variant, variants[1:])}')
+  config = module.get_config(variant)
+  return File(path, variant, module), config.lock()
+
+
+def _one_line(error: BaseException) -> str:
+  return ' '.join(str(error).split())[:300]
+
+
+def override(config: ConfigDict, values: Mapping[str, Any]) -> None:
+  """Sets dotted keys in place; texts are read as Python literals of the type that the key has.
+
+  Raises:
+    UserError: an unknown key (with the near miss) or a value of another type.
+  """
+  for key, value in values.items():
+    *parents, last = key.split('.')
+    node = config
+    for i, part in enumerate(parents):
+      if not isinstance(node, ConfigDict) or part not in node:
+        _unknown('.'.join(parents[: i + 1]), config)
+      node = node[part]
+    if not isinstance(node, ConfigDict) or last not in node:
+      _unknown(key, config)
+    if isinstance(node[last], ConfigDict):
+      raise UserError(f'config.{key} is a section; set one of its keys: {", ".join(node[last])}')
+    with node.unlocked():
+      node[last] = _coerce(key, value, node[last])
+
+
+def flatten(config: Mapping, prefix: str = '') -> dict[str, Any]:
+  """{'a.b.c': leaf}."""
+  flat = {}
+  for key in config:
+    value = config[key]
+    if isinstance(value, (ConfigDict, Mapping)):
+      flat |= flatten(value, f'{prefix}{key}.')
+    else:
+      flat[prefix + key] = value
+  return flat
+
+
+def _unknown(key: str, config: ConfigDict) -> None:
+  known = flatten(config)
+  close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+  if not close:  # the last name alone, wherever it stands
+    tails = {k.split('.')[-1]: k for k in known}
+    close = [tails[t] for t in difflib.get_close_matches(key.split('.')[-1], tails, n=1, cutoff=0.6)]
+  hint = f'; did you mean config.{close[0]}?' if close else f'; its sections: {", ".join(config)}'
+  raise UserError(f'config.{key} does not exist{hint}')
+
+
+def _coerce(key: str, value: Any, old: Any) -> Any:
+  if isinstance(value, str) and not isinstance(old, str):
+    try:
+      value = ast.literal_eval({'true': 'True', 'false': 'False', 'none': 'None'}.get(value.lower(), value))
+    except (ValueError, SyntaxError):
+      pass
+  if old is None or value is None:
+    return value
+  if isinstance(old, bool) or isinstance(value, bool):
+    good = isinstance(old, bool) and isinstance(value, bool)
+  elif isinstance(old, float):
+    good = isinstance(value, (int, float))
+    value = float(value) if good else value
+  elif isinstance(old, (tuple, list)):
+    value = (value,) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else value
+    good = isinstance(value, (tuple, list))
+    value = tuple(value) if good else value
+  else:
+    good = isinstance(value, type(old))
+  if not good:
+    raise UserError(f'config.{key} is {type(old).__name__} ({old!r}); {value!r} is not')
+  return value
+
+
+# ------------------------------------------------------------------------------------------- building
+
+
+def module(package: str, name: str, where: str, attribute: str = 'build') -> ModuleType:
+  """The module that a config names, from `package` or the user's own dotted path.
+
+  Raises:
+    UserError: no such module, or it lacks `attribute`.
+  """
+  path = name if '.' in name else f'{package}.{name}'
+  try:
+    if importlib.util.find_spec(path) is not None:
+      found = importlib.import_module(path)
+      if hasattr(found, attribute):
+        return found
+  except ModuleNotFoundError as error:
+    if error.name and not path.startswith(error.name):
+      raise
+  home = importlib.import_module(package)
+  names = [m.name for m in pkgutil.iter_modules(home.__path__) if not m.name.startswith('_')]
+  names = [n for n in names if hasattr(importlib.import_module(f'{package}.{n}'), attribute)]
+  raise UserError(f'{where} = {name!r} is no module of {package} with {attribute}(){near(name, names)}')
+
+
+def call(function: Callable[..., Any], where: str, options: Mapping[str, Any], *fixed: Any) -> Any:
+  """function(*fixed, **options), with unknown and missing options reported as config keys.
+
+  A `**options` parameter takes the fields of the dataclass that the function returns.
+  """
+  signature = inspect.signature(function)
+  parameters = list(signature.parameters.values())[len(fixed) :]
+  known = {p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+  if any(p.kind == p.VAR_KEYWORD for p in parameters):
+    result = typing.get_type_hints(function).get('return')
+    taken = set(list(signature.parameters)[: len(fixed)])
+    if dataclasses.is_dataclass(result):
+      known |= {f.name for f in dataclasses.fields(result) if f.init} - {'parent', 'name'} - taken
+  for name in options:
+    if name not in known:
+      raise UserError(f'{where}.{name} does not exist{near(name, known)}')
+  for p in parameters:
+    if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty and p.name not in options:
+      raise UserError(f'{where}.{p.name} is missing')
+  try:
+    return function(*fixed, **options)
+  except TypeError as error:
+    raise UserError(f'{where}: {_one_line(error)}') from error
+
+
+def plain(config: Any) -> Any:
+  """ConfigDicts and lists as dicts and tuples, all the way down."""
+  if isinstance(config, (ConfigDict, Mapping)):
+    return {k: plain(config[k]) for k in config}
+  return tuple(plain(v) for v in config) if isinstance(config, (list, tuple)) else config
+
+
+def split_name(options: Mapping[str, Any], where: str) -> tuple[str, dict[str, Any]]:
+  options = dict(options)
+  if not isinstance(options.get('name'), str) or not options['name']:
+    raise UserError(f'{where}.name is missing')
+  return options.pop('name'), options
+
+
+def build_data(config: Mapping[str, Any], seed: int) -> tuple[dict[str, Any], Callable[..., Any], int]:
+  """(splits, preprocess, batch size) of `config.data`; `seed` fixes a fixed binarisation."""
+  from latentgen import data
+  from latentgen.data import preprocess
+
+  name, options = split_name(config, 'config.data')
+  batch_size = options.pop('batch_size', None)
+  if not isinstance(batch_size, int) or batch_size < 1:
+    raise UserError(f'config.data.batch_size is {batch_size!r}, need a positive whole number')
+  steps = {k: options.pop(k) for k in inspect.signature(preprocess.make).parameters if k in options}
+  splits = data.load(name, **options)
+  if steps.get('binarize') == 'fixed':
+    splits = {split: preprocess.binarize_fixed(source, seed) for split, source in splits.items()}
+  return splits, preprocess.make(**steps), batch_size
+
+
+def build_recipe(config: Mapping[str, Any], image_shape: tuple[int, int, int]) -> tuple[Any, ...]:
+  """The stages that `config.recipe` names, in that order."""
+  from latentgen import optim
+  from latentgen.types import Stage
+
+  name, options = split_name(config['model'], 'config.model')
+  net = call(module('latentgen.nets', name, 'config.model.name').build, 'config.model', options, image_shape)
+  stages = []
+  for stage in config['recipe']:
+    where = f'config.stages.{stage}'
+    if stage not in config['stages']:
+      raise UserError(f'config.recipe names stage {stage!r}{near(stage, config["stages"])}')
+    options = dict(config['stages'][stage])
+    known = ('steps', 'method', 'optim', 'load', 'ema', 'best')
+    for key in options:
+      if key not in known:
+        raise UserError(f'{where}.{key} does not exist{near(key, known)}')
+    steps = options.get('steps', 0)
+    if not isinstance(steps, int) or steps < 0:
+      raise UserError(f'{where}.steps is {steps!r}, need a whole number of steps')
+    method_name, method_options = split_name(options.get('method', {}), f'{where}.method')
+    method = module('latentgen.methods', method_name, f'{where}.method.name')
+    stages.append(
+      Stage(
+        name=stage,
+        method=call(method.build, f'{where}.method', method_options, net, steps),
+        optim={u: optim.build(f'{where}.optim.{u}', steps, **o) for u, o in options.get('optim', {}).items()},
+        steps=steps,
+        load=options.get('load', {}),
+        fit=getattr(method, 'fit', None),
+        ema=options.get('ema', {}),
+        best=options.get('best') or None,
+      )
+    )
+  return tuple(stages)
+
+
+def _image_shape(source: Any, preprocess: Callable[..., Any]) -> tuple[int, int, int]:
+  """Of an image as the network sees it, which padding changes."""
+  import jax
+
+  raw = source.take([0])
+  return jax.eval_shape(lambda key: preprocess(key, raw, False), jax.random.key(0))['image'].shape[1:]
+
+
+def build(config: ConfigDict, workdir: pathlib.Path, mesh: Any = None) -> Any:
+  """The whole run of a config.
+
+  Raises:
+    UserError: one line that names the key.
+  """
+  from latentgen.train import check, loop, sharding
+
+  config = plain(config)
+  for key in config:
+    if key not in TOP_LEVEL:
+      raise UserError(f'config.{key} does not exist{near(key, TOP_LEVEL)}')
+  for key in ('data', 'model', 'recipe', 'stages'):
+    if key not in config:
+      raise UserError(f'config.{key} is missing')
+  seed = config.get('seed', 0)
+  splits, preprocess, batch_size = build_data(config['data'], seed)
+  recipe = build_recipe(config, _image_shape(splits['train'], preprocess))
+  check.check_names(recipe)
+  if mesh is None:
+    options = {k: v for k, v in config.get('mesh', {}).items() if k in ('data', 'fsdp')}
+    mesh = sharding.make_mesh(**options)
+  sharding.check_batch(batch_size, mesh)
+  settings = dict(config.get('train', {}))
+  for key in ('rules', 'min_shard_size'):
+    if key in config.get('mesh', {}):
+      settings[key] = config['mesh'][key]
+  for key, value in settings.items():
+    if key.endswith('_steps') and (not isinstance(value, int) or value < 1):
+      raise UserError(f'config.train.{key} is {value!r}, need a positive whole number')
+  settings = call(loop.Settings, 'config.train', settings, seed, batch_size)
+  return loop.Run(recipe, splits, preprocess, mesh, workdir, settings)

@@ -1,0 +1,30 @@
+"""What went wrong outside the program, and how it is said."""
+
+from collections.abc import Iterable
+import difflib
+
+
+class UserError(Exception):
+  """Bad input: one line that names the config key or the file, and the remedy.
+
+  The command line prints it without a traceback and exits with status 2.
+  """
+
+  def __init__(self, message: str):
+    super().__init__(' '.join(str(message).split()))
+
+
+def did_you_mean(word: object, known: Iterable[str]) -> str:
+  """'; did you mean "x"?' for the nearest of the known words, '' if none is near. Goes into a `UserError`."""
+  near = difflib.get_close_matches(str(word), [str(k) for k in known], n=1, cutoff=0.6)
+  return f'; did you mean {near[0]!r}?' if near else ''
+
+
+def near(word: object, known: Iterable[str]) -> str:
+  """'; did you mean "x"?' for the nearest of the known words, else '; known: ...'."""
+  known = sorted(str(k) for k in known)
+  return did_you_mean(word, known) or f'; known: {", ".join(known) or "none"}'
+
+
+class TrainingDiverged(Exception):
+  """A loss, metric or gradient was not finite: says which, where, and what to try. Exit status 1."""

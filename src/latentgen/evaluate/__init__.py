@@ -1,0 +1,77 @@
+"""Evaluation: tasks over a trained method, the results they write, and the report that shows them.
+
+    findings = run_all(subject, {'likelihood': {'samples': 1000}, 'two_sample': {}})
+
+A task is a module of this package with `run(subject, **options) -> Findings`; a new one is a new file.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import importlib
+import inspect
+import pkgutil
+from typing import Any
+
+from latentgen.errors import UserError
+from latentgen.evaluate.base import Findings, Picture, Result, Subject, named_key, near
+from latentgen.evaluate.writing import write_pictures, write_results
+
+__all__ = ['Findings', 'Picture', 'Result', 'Subject', 'check_tasks', 'run_all', 'write_pictures', 'write_results']
+
+_NO_TASK = ('base', 'charts', 'features', 'grids', 'report', 'statistics', 'writing')  # the other modules here
+
+
+def names() -> tuple[str, ...]:
+  """The tasks there are, by name."""
+  return tuple(m.name for m in pkgutil.iter_modules(__path__) if m.name not in _NO_TASK)
+
+
+def task_module(name: str):
+  """The module of a task.
+
+  Raises:
+    UserError: if there is none of that name.
+  """
+  if name not in names():
+    raise UserError(f'config.evaluate.tasks: no task {name!r}{near(name, names())}')
+  return importlib.import_module(f'{__name__}.{name}')
+
+
+def check_tasks(tasks: Mapping[str, Mapping[str, Any]]) -> None:
+  """Refuses unknown tasks and options, before anything is trained.
+
+  Args:
+    tasks: {task: its options}.
+
+  Raises:
+    UserError: naming the key and what comes close to it.
+  """
+  for task, options in tasks.items():
+    known = list(inspect.signature(task_module(task).run).parameters)[1:]
+    for option in options or {}:
+      if option not in known:
+        raise UserError(f'config.evaluate.{task}.{option}: unknown option{near(option, known)}')
+
+
+def run_all(subject: Subject, tasks: Mapping[str, Mapping[str, Any]]) -> Findings:
+  """Runs tasks on one subject.
+
+  Every task gets a key of its own, folded from the subject's by the task's name: what it finds depends neither on the
+  order of the tasks nor on which others there are.
+
+  Args:
+    subject: what is evaluated.
+    tasks: {task: its options}, as in `config.evaluate`.
+
+  Returns:
+    All findings together.
+
+  Raises:
+    UserError: for an unknown task or option, or a bad value.
+  """
+  check_tasks(tasks)
+  findings = Findings()
+  for task, options in tasks.items():
+    mine = dataclasses.replace(subject, key=named_key(subject.key, task))
+    findings.merge(task_module(task).run(mine, **dict(options or {})))
+  return findings

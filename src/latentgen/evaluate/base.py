@@ -1,0 +1,244 @@
+"""The common form of an evaluation: what a task is given, what it gives back, and the one way it reads a data set.
+
+A task is a module of this package with `run(subject, **options) -> Findings`; its options are `config.evaluate.<task>`.
+Everything that is averaged is averaged exactly over a split: the last batch is padded and the padding masked out.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+import dataclasses
+import math
+from typing import Any
+import zlib
+
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+
+from latentgen.data import pipeline
+from latentgen.errors import UserError, did_you_mean
+
+Tree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """One number: its unit, over how many examples it was taken, and its standard error over those (None: not known)."""
+
+  value: float
+  unit: str
+  n: int
+  stderr: float | None = None
+
+
+@dataclasses.dataclass
+class Picture:
+  """A picture to be written and shown: uint8 [H, W, 3], or [H, W] in grey."""
+
+  array: np.ndarray
+  title: str
+  caption: str = ''
+
+
+@dataclasses.dataclass
+class Findings:
+  """What a task found out, by name. Names are unique over all tasks of a run."""
+
+  results: dict[str, Result] = dataclasses.field(default_factory=dict)
+  images: dict[str, Picture] = dataclasses.field(default_factory=dict)
+
+  def merge(self, other: 'Findings') -> None:
+    """Takes over everything in `other`.
+
+    Raises:
+      ValueError: if a name is taken already.
+    """
+    for mine, theirs in ((self.results, other.results), (self.images, other.images)):
+      twice = sorted(mine.keys() & theirs.keys())
+      if twice:
+        raise ValueError(f'two evaluation tasks report the same name: {twice}')
+      mine.update(theirs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+  """What is evaluated.
+
+  Attributes:
+    method: a `LatentModel` and `Method` (see `latentgen.types`).
+    variables: {'params', 'stats'}, averaged weights where a stage keeps them.
+    data: {split: source}; a source has `take(indices) -> {'image': uint8 [n, h, w, c], 'label': [n]}`, `len`, `shape`
+      and `num_classes`.
+    preprocess: (key, raw batch, train) -> batch with 'image' float32 in [0, 1]; traceable.
+    key: typed PRNG key; everything random below follows from it.
+    batch_size: examples in one device batch.
+    put: host batch -> device arrays (a sharding, where there are several devices).
+  """
+
+  method: Any
+  variables: Mapping[str, Any]
+  data: Mapping[str, Any]
+  preprocess: Callable[..., Mapping[str, jax.Array]]
+  key: jax.Array
+  batch_size: int = 128
+  put: Callable[[Tree], Tree] = jax.device_put
+
+
+# ---------------------------------------------------------------------------------------------- options
+
+
+def near(name: Any, options) -> str:
+  """'; did you mean "x"?' where a known name is close, else the list of known names."""
+  options = sorted(map(str, options))
+  return did_you_mean(name, options) or f'; known: {", ".join(options) or "none"}'
+
+
+def check_choice(key: str, value: Any, options) -> None:
+  if value not in options:
+    raise UserError(f'{key}: unknown value {value!r}{near(value, options)}')
+
+
+def check_count(key: str, value: Any, least: int = 1) -> None:
+  """Refuses what is not an integer of at least `least`."""
+  if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+    raise UserError(f'{key}: must be an integer of at least {least}, not {value!r}')
+
+
+def chosen_samplers(subject: Subject, task: str, names: Any = None) -> tuple[str, ...]:
+  """The method's samplers, or those of them that `config.evaluate.<task>.samplers` names."""
+  known = tuple(subject.method.samplers)
+  if names is None:
+    return known
+  names = (names,) if isinstance(names, str) else tuple(names)
+  for name in names:
+    check_choice(f'config.evaluate.{task}.samplers', name, known)
+  return names
+
+
+def hook(subject: Subject, task: str, name: str) -> Callable[..., Any]:
+  """A function that only some methods have.
+
+  Raises:
+    UserError: if this one has not.
+  """
+  function = getattr(subject.method, name, None)
+  if function is None:
+    kind = type(subject.method).__name__
+    raise UserError(f'config.evaluate.tasks: {task!r} needs a method with {name!r}, and {kind} has none; leave it out')
+  return function
+
+
+# ---------------------------------------------------------------------------------------------- data
+
+
+def source(subject: Subject, task: str, split: str):
+  """The data of a split.
+
+  Raises:
+    UserError: if there is no such split, or nothing in it.
+  """
+  check_choice(f'config.evaluate.{task}.split', split, subject.data)
+  if not len(subject.data[split]):
+    raise UserError(f'config.evaluate.{task}.split: split {split!r} holds no examples')
+  return subject.data[split]
+
+
+def batches(
+  subject: Subject, task: str, split: str, limit: int | None = None
+) -> Iterator[tuple[jax.Array, Tree, np.ndarray]]:
+  """Runs over the first `limit` examples of a split.
+
+  Yields:
+    (key of the batch, raw batch on the device, mask [b] of what is no padding).
+  """
+  if limit is not None:
+    check_count(f'config.evaluate.{task}.limit', limit)
+  data, stream = source(subject, task, split), named_key(subject.key, f'data/{split}')
+  share = jax.process_index(), jax.process_count()
+  for i, (raw, mask) in enumerate(pipeline.evaluation_batches(data, subject.batch_size, limit, *share)):
+    if share[1] > 1:
+      mask = multihost_utils.process_allgather(mask, tiled=True)
+    yield jax.random.fold_in(stream, i), subject.put(raw), np.asarray(mask, bool)
+
+
+def named_key(key: jax.Array, name: str) -> jax.Array:
+  """fold_in(key, crc32(name))."""
+  return jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+
+def seed_of(key: jax.Array) -> int:
+  """An integer seed for libraries that know no keys."""
+  return int(jax.random.randint(key, (), 0, 2**31 - 1))
+
+
+def fetch(tree: Tree) -> Tree:
+  """Device arrays -> numpy arrays, gathered over processes where these hold parts of them."""
+
+  def one(x):
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+      return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+    return np.asarray(x)
+
+  return jax.tree.map(one, tree)
+
+
+def per_example(
+  subject: Subject, task: str, function: Callable, split: str, limit: int | None = None, axis: int = 0
+) -> dict[str, np.ndarray]:
+  """Evaluates `function(variables, image [b, h, w, c], key)` on every example of a split.
+
+  Args:
+    subject: what is evaluated.
+    task: its name, for messages.
+    function: traceable; returns {name: array} with the examples along `axis` of each.
+    split: name of the split.
+    limit: only that many examples.
+    axis: where the examples are.
+
+  Returns:
+    {name: array} over exactly the n examples of the split, in order; no padding.
+  """
+
+  @jax.jit
+  def compute(variables, raw, key):
+    prepare, run = jax.random.split(key)
+    return function(variables, subject.preprocess(prepare, raw, False)['image'], run)
+
+  parts = []
+  for key, raw, mask in batches(subject, task, split, limit):
+    found = fetch(compute(subject.variables, raw, key))
+    parts.append({name: np.compress(mask, value, axis=axis) for name, value in found.items()})
+  return {name: np.concatenate([part[name] for part in parts], axis) for name in parts[0]}
+
+
+def simulations(
+  subject: Subject, sampler: str | None, n: int, read: Callable, key: jax.Array, temperature: float = 1.0
+) -> Tree:
+  """Draws n samples in equal batches and keeps `read(trace)` of each: a tree of numpy arrays [n, ...].
+
+  Args:
+    subject: what is evaluated.
+    sampler: name of a sampler of the method; None is its default.
+    n: how many.
+    read: traceable; Trace of a batch -> tree of arrays with the samples on the first axis.
+    key: PRNG key.
+    temperature: scale of the base prior's deviations.
+  """
+  size = min(n, subject.batch_size)
+
+  @jax.jit
+  def draw(variables, key):
+    return read(subject.method.simulate(variables, key, size, sampler=sampler, temperature=temperature))
+
+  parts = [fetch(draw(subject.variables, jax.random.fold_in(key, i))) for i in range(math.ceil(n / size))]
+  return jax.tree.map(lambda *a: np.concatenate(a)[:n], *parts)
+
+
+# ---------------------------------------------------------------------------------------------- numbers
+
+
+def average(values: np.ndarray, unit: str) -> Result:
+  """Mean over the examples [n] in float64, with its standard error s / sqrt(n)."""
+  values = np.asarray(values, np.float64)
+  n = len(values)
+  return Result(float(values.mean()), unit, n, float(values.std(ddof=1) / math.sqrt(n)) if n > 1 else None)
+

@@ -1,0 +1,85 @@
+"""Results to JSON and pictures to PNG: written whole or not at all, the same bytes for the same findings."""
+
+from collections.abc import Mapping
+import io
+import json
+import math
+import os
+import pathlib
+import re
+
+import numpy as np
+from PIL import Image
+
+from latentgen.evaluate.base import Picture, Result
+
+
+def as_json(results: Mapping[str, Result]) -> dict[str, dict]:
+  """{name: {'value', 'unit', 'n', 'stderr'}}, sorted by name, groups and levels in numeric order.
+
+  Raises:
+    ValueError: if a value or its standard error is not finite, naming it.
+  """
+  found = {}
+  for name in sorted(results, key=natural):
+    r = results[name]
+    for what, number in (('value', r.value), ('stderr', r.stderr)):
+      if number is not None and not math.isfinite(number):
+        raise ValueError(f'result {name!r}: {what} is {number}; a number that is not finite is no result')
+    stderr = None if r.stderr is None else float(r.stderr)
+    found[name] = {'value': float(r.value), 'unit': r.unit, 'n': int(r.n), 'stderr': stderr}
+  return found
+
+
+def natural(name: str) -> list:
+  """Sort key that puts group10 behind group9."""
+  return [(1, int(part), '') if part.isdigit() else (0, 0, part) for part in re.split(r'(\d+)', name)]
+
+
+def write_results(path: str | os.PathLike, results: Mapping[str, Result]) -> None:
+  """Writes `results.json`: {name: {value, unit, n, stderr}}.
+
+  Raises:
+    ValueError: if a number is not finite; nothing is written then.
+  """
+  text = json.dumps(as_json(results), indent=2, allow_nan=False) + '\n'
+  replace_file(path, text.encode())
+
+
+def write_pictures(folder: str | os.PathLike, images: Mapping[str, Picture]) -> list[dict[str, str]]:
+  """Writes every picture as `<folder>/<name>.png`.
+
+  Args:
+    folder: `samples/<stage>` of the work directory; made if need be.
+    images: {name: picture}; a '/' in a name becomes '-'.
+
+  Returns:
+    [{'title', 'caption', 'path'}] in the given order, as `report.write` takes them.
+  """
+  folder = pathlib.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  listed = []
+  for name, picture in images.items():
+    path = folder / f'{name.replace("/", "-")}.png'
+    replace_file(path, png(picture.array))
+    listed.append({'title': picture.title, 'caption': picture.caption, 'path': str(path)})
+  return listed
+
+
+def png(array: np.ndarray) -> bytes:
+  """uint8 [H, W] or [H, W, 3] -> the bytes of a PNG file."""
+  array = np.asarray(array)
+  if array.dtype != np.uint8 or array.ndim not in (2, 3):
+    raise ValueError(f'a picture is uint8 [H, W] or [H, W, 3], not {array.dtype} {array.shape}')
+  buffer = io.BytesIO()
+  Image.fromarray(array).save(buffer, format='png', optimize=True)
+  return buffer.getvalue()
+
+
+def replace_file(path: str | os.PathLike, content: bytes) -> None:
+  """Writes beside the file and moves into place."""
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  beside = path.with_name(f'.{path.name}.partial')
+  beside.write_bytes(content)
+  os.replace(beside, path)

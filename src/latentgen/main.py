@@ -1,0 +1,141 @@
+"""The command line: python -m latentgen.main --config=experiments/nvae_nce.py[:variant] [--config.key=value ...].
+
+Exit status 0: done. 2: bad input, said in one line, nothing touched. 1: the run itself failed (say, a loss that is not finite).
+"""
+
+import argparse
+from collections.abc import Sequence
+import os
+import pathlib
+import sys
+
+from latentgen.errors import TrainingDiverged, UserError, did_you_mean
+
+MODES = ('train', 'evaluate', 'sample', 'estimate')
+
+
+class _Parser(argparse.ArgumentParser):
+  def error(self, message: str):
+    raise UserError(message)
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
+  """(flags, {dotted config key: text}).
+
+  Raises:
+    UserError: a flag that does not exist or has no such value.
+  """
+  parser = _Parser(prog='python -m latentgen.main', description=__doc__, allow_abbrev=False)
+  parser.add_argument('--config', required=True, metavar='FILE.py[:VARIANT]', help='experiment; --config.key=value overrides')
+  parser.add_argument('--workdir', help='where the run lives; default runs/<experiment>[-variant]')
+  parser.add_argument('--mode', default='train', choices=MODES, help='train resumes by itself and ends with a report')
+  parser.add_argument('--distributed', default='auto', choices=('auto', 'on', 'off'), help='several hosts')
+  parser.add_argument('--sweep', metavar='NAME', help='runs the override sets that sweep(NAME) of the file yields')
+  parser.add_argument('--sweep_index', type=int, metavar='I', help='only the I-th of them')
+  parser.add_argument('--sampler', help='mode sample: one of the samplers of the last stage')
+  parser.add_argument('--num', type=int, default=64, help='mode sample: number of images')
+  parser.add_argument('--temperature', type=float, default=1.0, help='mode sample: factor on the deviations of the base prior')
+  parser.add_argument('--devices', type=int, help='mode estimate: size of the mesh to estimate for')
+  known = [a for action in parser._actions for a in action.option_strings]
+  overrides, rest = {}, []
+  for arg in argv:
+    if arg.startswith('--config.') and '=' in arg:
+      key, _, value = arg.removeprefix('--config.').partition('=')
+      overrides[key] = value
+    elif arg.startswith('--') and arg.split('=')[0] not in known:
+      hint = '; write --config.key=value' if arg.startswith('--config.') else did_you_mean(arg.split('=')[0], known)
+      raise UserError(f'unknown flag {arg.split("=")[0]}{hint}')
+    else:
+      rest.append(arg)
+  flags, extra = parser.parse_known_args(rest)
+  if extra:
+    raise UserError(f'unexpected argument {extra[0]!r}; flags are written --name=value')
+  if flags.num < 1:
+    raise UserError(f'--num is {flags.num}, need at least 1')
+  if not flags.temperature > 0:
+    raise UserError(f'--temperature is {flags.temperature}, need a positive number')
+  return flags, overrides
+
+
+def cluster() -> bool:
+  """Whether the environment is that of one process among several, of the kinds that jax.distributed recognises."""
+
+  def more_than_one(name: str) -> bool:
+    return os.environ.get(name, '').isdigit() and int(os.environ[name]) > 1
+
+  return (
+    any(more_than_one(n) for n in ('SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE', 'JAX_NUM_PROCESSES'))
+    or ',' in os.environ.get('TPU_WORKER_HOSTNAMES', '')
+    or 'MEGASCALE_COORDINATOR_ADDRESS' in os.environ
+  )
+
+
+def start_jax(distributed: str) -> None:
+  """Compilation cache and, where there are several hosts, the distributed runtime; before any device is looked at."""
+  import jax
+
+  if not os.environ.get('JAX_COMPILATION_CACHE_DIR'):
+    cache = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache')
+    jax.config.update('jax_compilation_cache_dir', str(cache / 'latentgen' / 'xla'))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+  jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+  if distributed == 'on' or (distributed == 'auto' and cluster()):
+    explicit = {}
+    if 'JAX_NUM_PROCESSES' in os.environ:
+      explicit = {
+        'coordinator_address': os.environ['JAX_COORDINATOR_ADDRESS'],
+        'num_processes': int(os.environ['JAX_NUM_PROCESSES']),
+        'process_id': int(os.environ['JAX_PROCESS_ID']),
+      }
+    jax.distributed.initialize(**explicit)
+
+
+def main(argv: Sequence[str]) -> None:
+  """Runs the command; raises UserError instead of exiting."""
+  flags, overrides = parse(argv)
+  start_jax(flags.distributed)
+  from latentgen import config as configs, run
+
+  file, config = configs.load(flags.config)
+  if flags.sweep is None and flags.sweep_index is not None:
+    raise UserError('--sweep_index needs --sweep=NAME')
+  for name, values in sweep(file, flags.sweep, flags.sweep_index):
+    one = config.copy_and_resolve_references() if values else config
+    configs.override(one, {**values, **overrides})
+    workdir = pathlib.Path(flags.workdir or pathlib.Path('runs') / file.name)
+    command = run.Command(file, one, {**values, **overrides}, workdir / name if name else workdir, flags)
+    getattr(run, flags.mode)(command)
+
+
+def sweep(file, name: str | None, index: int | None):
+  """The override sets to run: (folder, {key: value}); one empty set where nothing is swept."""
+  if name is None:
+    return [('', {})]
+  if not callable(getattr(file.module, 'sweep', None)):
+    raise UserError(f'--sweep={name}: {file.path} defines no sweep(name)')
+  try:
+    sets = list(file.module.sweep(name))
+  except KeyError as error:
+    raise UserError(f'--sweep={name}: {file.path} has no sweep of that name') from error
+  if index is not None and not 0 <= index < len(sets):
+    raise UserError(f'--sweep_index is {index}, sweep {name!r} has {len(sets)} runs')
+  return [(f'{name}-{i}', s) for i, s in enumerate(sets) if index in (None, i)]
+
+
+def cli() -> None:
+  """Entry point with the exit statuses of the command line."""
+  try:
+    main(sys.argv[1:])
+  except UserError as error:
+    print(f'latentgen: {error}', file=sys.stderr)
+    sys.exit(2)
+  except TrainingDiverged as error:
+    print(f'latentgen: {error}', file=sys.stderr)
+    sys.exit(1)
+  except KeyboardInterrupt:
+    print('latentgen: interrupted; the same command goes on from the last checkpoint', file=sys.stderr)
+    sys.exit(130)
+
+
+if __name__ == '__main__':
+  cli()

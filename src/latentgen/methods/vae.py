@@ -1,0 +1,99 @@
+"""The variational autoencoder: minus ELBO, with NVAE's warm-up, balancing and spectral regularisation where asked for.
+
+Kingma and Welling, "Auto-Encoding Variational Bayes", 2013, arXiv 1312.6114. Vahdat and Kautz, "NVAE: A Deep Hierarchical
+Variational Autoencoder", 2020, arXiv 2007.03898.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from latentgen import losses
+from latentgen.errors import UserError
+from latentgen.methods.base import LatentMethod, per_group
+from latentgen.nets import spectral
+from latentgen.types import Array, Aux, Batch, Context, Key, LatentNet, Params, Trace, Update, Variables
+
+
+@dataclasses.dataclass(frozen=True)
+class VAE(LatentMethod):
+  """One update of encoder and decoder.
+
+  loss = E_x[ -log p(x|z) + beta(t) sum_l gamma_l KL_l ] + lambda(t) (sum of spectral norms + sum of BatchNorm scales)
+
+  Args:
+    net: any LatentNet.
+    steps: length T of the stage, for the schedules.
+    samples: posterior samples an image, k.
+    beta: final weight of the KL.
+    warmup_portion: share of T over which the KL weight rises linearly to `beta`; 0 is no warm-up.
+    warmup_start: share of T before the rise; also the floor of the weight.
+    balance: equalise the groups' KL during warm-up.
+    free_bits: nats of KL per group that cost nothing.
+    spectral: weight of the spectral term, (first, last), interpolated geometrically along the warm-up; (0, 0) is off.
+  """
+
+  steps: int = 1
+  samples: int = 1
+  beta: float = 1.0
+  warmup_portion: float = 0.0
+  warmup_start: float = 1e-4
+  balance: bool = False
+  free_bits: float = 0.0
+  spectral: tuple[float, float] = (0.0, 0.0)
+
+  def init(self, key: Key, batch: Batch) -> Variables:
+    variables = super().init(key, batch)
+    if any(self.spectral):
+      state = spectral.init(jax.random.fold_in(key, 1), variables['params'])
+      variables['stats']['spectral'] = state
+    return variables
+
+  def updates(self) -> tuple[Update, ...]:
+    return (Update('vae', ('encoder', 'decoder'), self.loss),)
+
+  def schedule(self, step: Array) -> Array:
+    """Fraction of the warm-up that is done, [1e-4, 1]."""
+    if not self.warmup_portion:
+      return jnp.ones(())
+    return losses.kl_warmup(step, self.steps, self.warmup_start, self.warmup_portion)
+
+  def loss(self, params: Params, ctx: Context) -> tuple[Array, Aux]:
+    trace, stats = self.infer(params, ctx.stats, ctx.batch['image'], ctx.key, self.samples, train=True)
+    kl = per_group(trace.rate())  # [l, b]
+    log_px = trace.log_px.mean(0)  # [b]
+    ramp = self.schedule(ctx.step)
+    weighted = losses.free_bits(kl, self.free_bits) if self.free_bits else kl
+    if self.balance:
+      gamma = losses.kl_balance(weighted, balance_alpha(trace))
+      weighted = jnp.where(ramp < 1.0, gamma, 1.0)[:, None] * weighted
+    loss = (self.beta * ramp * weighted.sum(0) - log_px).mean()
+    metrics = {'elbo': (log_px - kl.sum(0)).mean(), 'kl': kl.sum(0).mean(), 'log_px': log_px.mean(), 'beta': self.beta * ramp}
+    if any(self.spectral):
+      penalty, stats['spectral'] = spectral.penalty(params, ctx.stats['spectral'])
+      metrics['spectral'] = penalty
+      loss += losses.log_interpolate(*self.spectral, ramp) * penalty
+    return loss, Aux(metrics, stats)
+
+  def metrics(self, params: Params, ctx: Context) -> dict[str, Array]:
+    trace, _ = self.infer(params, ctx.stats, ctx.batch['image'], ctx.key)
+    kl = per_group(trace.rate()).sum(0)
+    return {'nelbo': kl - trace.log_px.mean(0), 'kl': kl}
+
+
+def balance_alpha(trace: Trace) -> Array:
+  """NVAE's weights of the groups, positions of the level over groups in the level, smallest one 1; [l]."""
+  alpha = []
+  for z in trace.z:
+    positions = z[0, 0, 0, ..., 0].size if z.ndim > 4 else 1
+    alpha += [positions / z.shape[0]] * z.shape[0]
+  return jnp.asarray(alpha) / min(alpha)
+
+
+def build(net: LatentNet, steps: int, **options) -> VAE:
+  """The method as a config names it; see VAE for the options."""
+  options['spectral'] = tuple(options.get('spectral', (0.0, 0.0)))
+  if len(options['spectral']) != 2 or min(options['spectral']) < 0 or (0.0 in options['spectral'] and any(options['spectral'])):
+    raise UserError('method.spectral needs two weights, both positive or both 0')
+  return VAE(net, steps, **options)

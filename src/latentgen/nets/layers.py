@@ -1,0 +1,112 @@
+"""Layers that the networks share: convolution, dense layer, BatchNorm, squeeze-and-excitation."""
+
+from collections.abc import Callable
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from latentgen.nets import convolution
+from latentgen.types import Array, Key
+
+swish = nn.swish
+
+
+def uniform_fan_in(fan_in: int) -> Callable[..., Array]:
+  """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): PyTorch's default for kernels (Kaiming uniform with a = sqrt 5) and biases."""
+  bound = 1.0 / np.sqrt(fan_in)
+
+  def init(key: Key, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+  return init
+
+
+class Conv(nn.Module):
+  """Convolution with symmetric zero padding (k - 1) // 2; channels last.
+
+  Parameters are float32: `kernel` [k, k, i, o] (depthwise [k, k, 1, i]), `bias` [o], and with weight normalisation `gain`
+  [o], the log norm of each filter. Kernel and bias start as in PyTorch, U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
+
+  Args:
+    features: output channels; ignored if depthwise.
+    kernel_size: k.
+    stride: of both axes.
+    use_bias: adds a bias.
+    weight_norm: w = exp(gain) v / (||v|| + 1e-5), gain starts at log(||v|| + 0.01).
+    depthwise: one filter a channel.
+    dtype: of the computation.
+  """
+
+  features: int
+  kernel_size: int = 3
+  stride: int = 1
+  use_bias: bool = True
+  weight_norm: bool = False
+  depthwise: bool = False
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Array, mask: Any = None) -> Array:
+    """[n, h, w, i] -> [n, h', w', o].
+
+    A mask of 0 and 1, which broadcasts to the kernel, keeps weights out: they start at 0 and their gradients are 0.
+    """
+    k, channels = self.kernel_size, x.shape[-1]
+    shape = (k, k, 1, channels) if self.depthwise else (k, k, channels, self.features)
+    fan_in = k * k * shape[2]
+    mask = None if mask is None else jnp.asarray(mask, jnp.float32)
+
+    def init(key: Key) -> Array:
+      kernel = uniform_fan_in(fan_in)(key, shape)
+      return kernel if mask is None else kernel * mask
+
+    kernel = self.param('kernel', init)
+    if mask is not None:
+      kernel = kernel * mask
+    if self.weight_norm:
+      gain = self.param('gain', lambda _: jnp.log(convolution.channel_norm(kernel).reshape(-1) + 0.01))
+      kernel = convolution.weight_norm(kernel, gain)
+    y = convolution.convolve(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.depthwise)
+    if self.use_bias:
+      y = y + self.param('bias', uniform_fan_in(fan_in), shape[-1:]).astype(self.dtype)
+    return y
+
+
+def dense(features: int, fan_in: int, dtype: Any = jnp.float32, name: str | None = None) -> nn.Dense:
+  """A dense layer with PyTorch's initial distribution."""
+  init = uniform_fan_in(fan_in)
+  return nn.Dense(features, dtype=dtype, kernel_init=init, bias_init=init, name=name)
+
+
+def batch_norm(train: bool, dtype: Any = jnp.float32) -> nn.BatchNorm:
+  """BatchNorm over [n, h, w]; eps 1e-5, new statistics weigh 0.05; statistics in float32.
+
+  Under jit with a sharded batch the statistics are those of the whole batch. The running variance is the biased one
+  (PyTorch keeps the unbiased one). To be made inside a compact method.
+  """
+  return nn.BatchNorm(use_running_average=not train, momentum=0.95, epsilon=1e-5, dtype=dtype)
+
+
+class SqueezeExcite(nn.Module):
+  """x * sigmoid(Dense(relu(Dense(mean over pixels)))), with max(c / 16, 4) hidden units.
+
+  References:
+    Hu, Shen, Albanie, Sun and Wu, "Squeeze-and-Excitation Networks", 2018, arXiv 1709.01507.
+  """
+
+  dtype: Any = jnp.float32
+
+  def __call__(self, x: Array) -> Array:
+    """[n, h, w, c] -> [n, h, w, c]."""
+    return x * self.gate(x)[:, None, None]
+
+  @nn.compact
+  def gate(self, x: Array) -> Array:
+    """[n, h, w, c] -> [n, c] in (0, 1)."""
+    channels = x.shape[-1]
+    hidden = max(channels // 16, 4)
+    h = nn.relu(dense(hidden, channels, self.dtype, 'squeeze')(x.mean((1, 2))))
+    return nn.sigmoid(dense(channels, hidden, self.dtype, 'excite')(h))

@@ -1,0 +1,74 @@
+"""Optimisers by name: optax, with a learning-rate schedule, L2 decay and clipping around it."""
+
+import inspect
+
+import optax
+
+from latentgen.errors import UserError, near
+
+WRAPPER = ('name', 'learning_rate', 'final_learning_rate', 'warmup_steps', 'schedule', 'weight_decay', 'clip_norm')
+
+
+def build(
+  where: str,
+  steps: int,
+  name: str = 'adam',
+  learning_rate: float = 1e-3,
+  final_learning_rate: float | None = None,
+  warmup_steps: int = 0,
+  schedule: str = 'cosine',
+  weight_decay: float = 0.0,
+  clip_norm: float = 0.0,
+  **options,
+) -> optax.GradientTransformation:
+  """An optimiser as a config names it.
+
+  Args:
+    where: config key, for messages.
+    steps: length of the stage.
+    name: an optimiser of optax, such as 'adam' or 'adamax'.
+    learning_rate: after the warm-up.
+    final_learning_rate: at the end of the stage; None keeps `learning_rate`.
+    warmup_steps: linear from 0.
+    schedule: 'cosine' or 'exponential', between the two rates.
+    weight_decay: added to the gradient times the parameter before the optimiser (L2, as torch does; optax's adamw decouples).
+    clip_norm: clips the global norm of the gradient; 0 is off.
+    **options: further arguments of the optax function.
+
+  Raises:
+    UserError: a rate, name or option that cannot be.
+  """
+  function = getattr(optax, name, None)
+  if not callable(function) or 'learning_rate' not in inspect.signature(function).parameters:
+    names = [n for n in dir(optax) if n.startswith(('ada', 'sgd', 'lion', 'rms', 'nadam', 'radam', 'novo', 'lamb'))]
+    raise UserError(f'{where}.name is {name!r}, which is no optimiser of optax{near(name, names)}')
+  known = set(inspect.signature(function).parameters)
+  for option in options:
+    if option not in known:
+      raise UserError(f'{where}.{option} does not exist{near(option, known | set(WRAPPER))}')
+  if not learning_rate > 0:
+    raise UserError(f'{where}.learning_rate is {learning_rate!r}, need a positive number')
+  if final_learning_rate is not None and not 0 <= final_learning_rate:
+    raise UserError(f'{where}.final_learning_rate is {final_learning_rate!r}, need a number of at least 0')
+  for key, value in (('warmup_steps', warmup_steps), ('weight_decay', weight_decay), ('clip_norm', clip_norm)):
+    if value < 0:
+      raise UserError(f'{where}.{key} is {value!r}, need at least 0')
+  if warmup_steps and steps and warmup_steps >= steps:
+    raise UserError(f'{where}.warmup_steps is {warmup_steps}, need less than the {steps} steps of the stage')
+  rate = _rate(where, schedule, learning_rate, final_learning_rate, max(steps - warmup_steps, 1))
+  if warmup_steps:
+    rate = optax.join_schedules([optax.linear_schedule(0.0, learning_rate, warmup_steps), rate], [warmup_steps])
+  chain = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
+  if weight_decay:
+    chain.append(optax.add_decayed_weights(weight_decay))
+  return optax.chain(*chain, function(learning_rate=rate, **options))
+
+
+def _rate(where: str, schedule: str, first: float, last: float | None, steps: int) -> optax.Schedule:
+  if last is None or last == first:
+    return optax.constant_schedule(first)
+  if schedule == 'cosine':
+    return optax.cosine_decay_schedule(first, steps, alpha=last / first)
+  if schedule == 'exponential':
+    return optax.exponential_decay(first, steps, last / first)
+  raise UserError(f"{where}.schedule is {schedule!r}, need 'cosine' or 'exponential'")

@@ -1,0 +1,1 @@
+"""Learned priors on the latents of any network."""

@@ -1,0 +1,151 @@
+"""What the four modes of the command line do."""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+import numpy as np
+
+from latentgen import config as configs, evaluate as evaluation, workdir as workdirs
+from latentgen.errors import UserError
+from latentgen.evaluate import grids, report
+from latentgen.train import keys, loop
+from latentgen.train.writers import say
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+  """One resolved command: the experiment, its config with overrides, where it runs."""
+
+  file: configs.File
+  config: ConfigDict
+  overrides: dict[str, Any]
+  workdir: pathlib.Path
+  flags: argparse.Namespace
+
+  def text(self) -> str:
+    """The command that repeats the run."""
+    spec = str(self.file.path) + (f':{self.file.variant}' if self.file.variant else '')
+    values = [f"'--config.{k}={v}'" if any(c in str(v) for c in " '\"(") else f'--config.{k}={v}' for k, v in self.overrides.items()]
+    return ' '.join(['python -m latentgen.main', f'--config={spec}', *values])
+
+
+def tasks(config: ConfigDict) -> dict[str, dict[str, Any]]:
+  """{task: options} of `config.evaluate`, checked."""
+  section = configs.plain(config.get('evaluate', {}))
+  names = section.pop('tasks', ())
+  for key in section:
+    if key not in names:
+      raise UserError(f'config.evaluate.{key} is set, but config.evaluate.tasks = {names!r} has no such task')
+  chosen = {name: section.get(name, {}) for name in names}
+  evaluation.check_tasks(chosen)
+  return chosen
+
+
+def _open(command: Command) -> tuple[loop.Run, dict[str, Any]]:
+  """The run and its description, all checks done and nothing touched."""
+  tasks(command.config)
+  run = configs.build(command.config, command.workdir.absolute())
+  mine = workdirs.describe(command.file, configs.plain(command.config), command.overrides, run.mesh)
+  mine['data'] = {split: {'n': len(source), 'sha256': source.checksum()} for split, source in run.data.items()}
+  workdirs.check(command.workdir, mine)
+  return run, mine
+
+
+def _trained(command: Command) -> tuple[loop.Run, dict[str, Any]]:
+  run, mine = _open(command)
+  if workdirs.read(command.workdir) is None:
+    raise UserError(f'--workdir: {command.workdir} holds no run; train it first, with the same command and --mode=train')
+  for stage in run.recipe:
+    if not loop.finished(run, stage):
+      raise UserError(f'--workdir: stage {stage.name!r} of {command.workdir} is not finished; go on with --mode=train')
+  return run, mine
+
+
+def train(command: Command) -> None:
+  """Trains what is not trained yet, then evaluates and reports."""
+  run, mine = _open(command)
+  with workdirs.claim(command.workdir, mine):
+    loop.train(run)
+    _evaluate(command, run, mine)
+
+
+def evaluate(command: Command) -> None:
+  """Evaluates a finished run again."""
+  run, mine = _trained(command)
+  with workdirs.claim(command.workdir, mine):
+    _evaluate(command, run, mine)
+
+
+def subject(run: loop.Run) -> evaluation.Subject:
+  """The last stage as evaluation sees it."""
+  stage = run.recipe[-1]
+  return evaluation.Subject(
+    method=stage.method,
+    variables=loop.load_variables(run, stage),
+    data=run.data,
+    preprocess=run.preprocess,
+    key=keys.named(run.root, 'evaluation'),
+    batch_size=run.settings.batch_size,
+    put=run.put,
+  )
+
+
+def _evaluate(command: Command, run: loop.Run, mine: dict[str, Any]) -> None:
+  chosen, stage, target = tasks(command.config), run.recipe[-1].name, subject(run)
+  findings = evaluation.Findings()
+  for name, options in chosen.items():
+    say(f'evaluating: {name}')
+    findings.merge(evaluation.run_all(target, {name: options}))
+  if jax.process_index():
+    return
+  evaluation.write_results(command.workdir / 'results.json', findings.results)
+  pictures = evaluation.write_pictures(command.workdir / 'samples' / stage, findings.images)
+  rows = [json.loads(line) for line in (command.workdir / 'metrics.jsonl').read_text().splitlines()]
+  report.write(
+    command.workdir,
+    config=mine,
+    header=command.file.module.__doc__ or '',
+    results=findings.results,
+    pictures=pictures,
+    metrics=rows,
+    paper=[dict(row) for row in configs.plain(command.config.get('paper', ()))],
+    command=command.text(),
+  )
+  say(f'report: {command.workdir / "report.html"}')
+
+
+def sample(command: Command) -> None:
+  """Draws images from a finished run to samples/<stage>/drawn-<sampler>.png and .npz."""
+  run, mine = _trained(command)
+  target, flags = subject(run), command.flags
+  sampler = target.method.sampler(flags.sampler)
+  size = min(flags.num, target.batch_size)
+  draw = jax.jit(lambda v, key: target.method.sample(v, key, size, sampler, flags.temperature))
+  variables, key = target.variables, keys.named(target.key, 'sample')
+  if flags.temperature != 1.0:
+    variables = jax.jit(target.method.readjust, static_argnums=2)(variables, keys.named(key, 'readjust'), flags.temperature)
+  count = -(-flags.num // size)
+  images = np.concatenate([np.asarray(draw(variables, jax.random.fold_in(key, i))) for i in range(count)])[: flags.num]
+  with workdirs.claim(command.workdir, mine):
+    folder = command.workdir / 'samples' / run.recipe[-1].name
+    folder.mkdir(parents=True, exist_ok=True)
+    np.savez(folder / f'drawn-{sampler}.npz', images=images)
+    picture = evaluation.Picture(grids.grid(images), f'{flags.num} samples by {sampler}')
+    evaluation.write_pictures(folder, {f'drawn-{sampler}': picture})
+  say(f'{flags.num} images: {folder / f"drawn-{sampler}"}.png and .npz')
+
+
+def estimate(command: Command) -> None:
+  """Parameters, FLOPs and memory of every stage from shapes alone; nothing is allocated, nothing written."""
+  from latentgen.train import cost
+
+  run = configs.build(command.config, command.workdir.absolute())
+  for stage in run.recipe:
+    for line in cost.table(run, stage):
+      print(line)

@@ -1,0 +1,1 @@
+"""The training loop. It knows stages, updates and states; it imports no network, prior, loss or method."""

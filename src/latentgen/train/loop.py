@@ -1,0 +1,262 @@
+"""The one training loop: runs the stages of a recipe in order, resumes by itself, hands parameters on."""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+import functools
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from latentgen.data import pipeline
+from latentgen.errors import TrainingDiverged, UserError
+from latentgen.train import check, keys, sharding, step as stepping
+from latentgen.train.checkpoint import Checkpoints
+from latentgen.train.writers import Metrics, StageProgress, say
+from latentgen.types import Recipe, Stage, TrainState, Variables
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """How a recipe is run; nothing in here changes a result, but for `seed`, `batch_size` and when `best` is looked at."""
+
+  seed: int
+  batch_size: int
+  log_every_steps: int = 50
+  checkpoint_every_steps: int = 500
+  keep_checkpoints: int = 2
+  rules: tuple[tuple[str, str], ...] = sharding.DEFAULT_RULES
+  min_shard_size: int = 2**16
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A recipe with all that it needs to be trained or looked at.
+
+  Args:
+    recipe: the stages, in order.
+    data: {'train' | 'valid' | 'test': Source}.
+    preprocess: (key, raw batch, train) -> batch, on device.
+    mesh: the `(data, fsdp)` mesh.
+    workdir: where checkpoints and metrics live.
+    settings: see Settings.
+  """
+
+  recipe: Recipe
+  data: Mapping[str, Any]
+  preprocess: stepping.Preprocess
+  mesh: jax.sharding.Mesh
+  workdir: pathlib.Path
+  settings: Settings
+
+  @functools.cached_property
+  def root(self) -> jax.Array:
+    return keys.root(self.settings.seed)
+
+  def checkpoints(self, stage: Stage) -> Checkpoints:
+    return Checkpoints(self.workdir / 'checkpoints' / stage.name, self.settings.keep_checkpoints, stage.best)
+
+  def put(self, batch: Any) -> Any:
+    return sharding.put_batch(batch, self.mesh)
+
+  def iterator(self, stage: Stage) -> Any:
+    # Stages draw in different orders, so that none repeats the first stage's batches.
+    seed = int(jax.random.bits(keys.named(self.root, 'data', stage.name), dtype=jnp.uint32))
+    return pipeline.train_iterator(
+      self.data['train'], self.settings.batch_size, seed, jax.process_index(), jax.process_count()
+    )
+
+  def example(self) -> Any:
+    """A raw batch of shapes, as one step sees it."""
+    raw = self.data['train'].take(np.zeros(self.settings.batch_size, np.int64))
+    return jax.tree.map(lambda x: np.asarray(x), raw)
+
+  def abstract(self, stage: Stage) -> TrainState:
+    """The state of a stage as shapes with shardings; allocates nothing."""
+    build = functools.partial(stepping.init_state, stage, self.preprocess)
+    shapes = jax.eval_shape(build, self.root, self.example())
+    placed = sharding.shardings(shapes, self.mesh, self.settings.rules, self.settings.min_shard_size)
+    return jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placed)
+
+
+def load_variables(run: Run, stage: Stage) -> Variables:
+  """{'params', 'stats'} that a finished stage hands on."""
+  store = run.checkpoints(stage)
+  params, stats = store.load_params(run.abstract(stage))
+  store.close()
+  return {'params': params, 'stats': stats}
+
+
+def finished(run: Run, stage: Stage) -> bool:
+  return run.checkpoints(stage).latest() == stage.steps
+
+
+def train(run: Run) -> None:
+  """Trains every stage that is not finished yet.
+
+  Raises:
+    UserError: if the recipe or its data cannot work.
+    TrainingDiverged: on the first value that is not finite.
+  """
+  check.check_names(run.recipe)
+  sharding.check_batch(run.settings.batch_size, run.mesh)
+  for stage in run.recipe:
+    run.abstract(stage)  # all complaints before any work
+  metrics = Metrics(run.workdir)
+  try:
+    for index, stage in enumerate(run.recipe):
+      if not finished(run, stage):
+        (_fit if stage.fit is not None else _train_stage)(run, index, metrics)
+  finally:
+    metrics.close()
+
+
+def _initial(run: Run, stage: Stage, abstract: TrainState) -> TrainState:
+  """A fresh state, with the groups that earlier stages hand over."""
+  out = jax.tree.map(lambda a: a.sharding, abstract)
+  build = jax.jit(functools.partial(stepping.init_state, stage, run.preprocess), out_shardings=out)
+  state = build(keys.named(run.root, 'init', stage.name), run.put(next(run.iterator(stage))))
+  for source in dict.fromkeys(stage.load.values()):
+    given = load_variables(run, next(s for s in run.recipe if s.name == source))
+    for group in (g for g, s in stage.load.items() if s == source):
+      where = f'config.stages.{stage.name}.load.{group}'
+      if group not in given['params']:
+        raise UserError(f'{where}: stage {source!r} has no such group; it has {sorted(given["params"])}')
+      _same_shapes(given['params'][group], abstract.params[group], where)
+      state.params[group] = jax.device_put(given['params'][group], jax.tree.map(lambda a: a.sharding, abstract.params[group]))
+      if group in state.stats and group in given['stats']:
+        state.stats[group] = jax.device_put(
+          given['stats'][group], jax.tree.map(lambda a: a.sharding, abstract.stats[group])
+        )
+  if stage.load:  # averages and optimisers start from what was handed over
+    fresh = jax.jit(
+      lambda params: (stepping.optimiser_state(stage, params), {g: jax.tree.map(jnp.copy, params[g]) for g in stage.ema}),
+      out_shardings=(out.opt, out.ema),
+    )
+    opt, ema = fresh(state.params)
+    state = state.replace(opt=opt, ema=ema)
+  return state
+
+
+def _same_shapes(given: Any, wanted: Any, where: str) -> None:
+  shapes = [jax.tree_util.tree_map(lambda a: (a.shape, str(a.dtype)), t) for t in (given, wanted)]
+  if shapes[0] != shapes[1]:
+    raise UserError(f'{where}: the shapes of the earlier stage differ from those that this stage needs')
+
+
+def _train_stage(run: Run, index: int, metrics: Metrics) -> None:
+  stage, settings = run.recipe[index], run.settings
+  store, abstract = run.checkpoints(stage), run.abstract(stage)
+  for line in sharding.describe(abstract.params, jax.tree.map(lambda a: a.sharding, abstract.params)):
+    say(f'{stage.name}: parameters {line}')
+  iterator = run.iterator(stage)
+  step = store.latest() or 0
+  if step:
+    state = store.restore(step, abstract, iterator)
+    say(f'{stage.name}: resuming from step {step}')
+  else:
+    state = _initial(run, stage, abstract)
+  metrics.rewind([s.name for s in run.recipe], stage.name, step)
+
+  function, terms = stepping.make_step(stage, run.preprocess)
+  whole = sharding.replicated(run.mesh)
+  out = (jax.tree.map(lambda a: a.sharding, abstract), whole, whole)
+  compiled = jax.jit(function, donate_argnums=(0, 1), out_shardings=out)
+  validate = _validator(run, stage) if stage.best else None
+  key = jax.device_put(keys.named(run.root, stage.name), whole)
+  health = jax.device_put(stepping.healthy(), whole)
+  # Steps on an emulated mesh that are not waited for starve each other's collectives and abort.
+  wait = run.mesh.size > 1 and run.mesh.devices.flat[0].platform == 'cpu'
+  first = step
+  progress = StageProgress(stage.name, index, len(run.recipe), step, stage.steps)
+  try:
+    with jax.transfer_guard('disallow'):
+      while step < stage.steps:
+        state, health, found = compiled(state, health, key, run.put(next(iterator)))
+        step += 1
+        if wait or step == first + 1:
+          jax.block_until_ready(state)
+        if step == first + 1:
+          progress.compiled()
+        last = step == stage.steps
+        logs, saves = step % settings.log_every_steps == 0 or last, step % settings.checkpoint_every_steps == 0 or last
+        if logs or saves:
+          _check_health(health, terms, stage)
+        if logs:
+          values = _ran(stage, step - 1, jax.device_get(found))
+          metrics.write(stage.name, step, values)
+          metrics.speed(stage.name, step, progress.rate(step))
+          progress.show(step, values)
+        if saves:
+          scores = validate(state) if validate else None
+          if scores:
+            metrics.write(stage.name, step, scores, split='valid')
+          store.save(step, state, iterator, scores)
+  finally:
+    progress.close()
+    store.wait()
+    store.close()
+
+
+def _check_health(health: stepping.Health, terms: list[str], stage: Stage) -> None:
+  step, term = (int(x) for x in jax.device_get((health['step'], health['term'])))
+  if step >= 0:
+    raise TrainingDiverged(
+      f'stage {stage.name!r}: {terms[term]} was not finite at step {step}; the last good checkpoint is kept. Lower '
+      f'config.stages.{stage.name}.optim.*.learning_rate, or set clip_norm there'
+    )
+
+
+def _ran(stage: Stage, step: int, values: Mapping[str, Any]) -> dict[str, float]:
+  """The metrics of the updates that ran at `step`; rarer updates report when they do."""
+  idle = {u.name for u in stage.method.updates() if step % u.every}
+  return {name: float(value) for name, value in values.items() if name.split('/')[0] not in idle}
+
+
+def _validator(run: Run, stage: Stage) -> Callable[[TrainState], dict[str, float]]:
+  """Means of the method's metrics over the validation split, with the same noise every time."""
+  function = jax.jit(stepping.make_validation(stage, run.preprocess))
+  root = keys.named(run.root, 'validation', stage.name)
+
+  def validate(state: TrainState) -> dict[str, float]:
+    totals: dict[str, float] = {}
+    with jax.transfer_guard('allow'):
+      share = jax.process_index(), jax.process_count()
+      batches = pipeline.evaluation_batches(run.data['valid'], run.settings.batch_size, None, *share)
+      for i, (raw, mask) in enumerate(batches):
+        sums = function(
+          stepping.evaluation_variables(state), state.step, jax.random.fold_in(root, i), run.put(raw), run.put(mask)
+        )
+        for name, value in jax.device_get(sums).items():
+          totals[name] = totals.get(name, 0.0) + float(value)
+    return {name: total / len(run.data['valid']) for name, total in totals.items()}
+
+  return validate
+
+
+def _fit(run: Run, index: int, metrics: Metrics) -> None:
+  """A stage in closed form."""
+  stage, abstract = run.recipe[index], run.abstract(run.recipe[index])
+  say(f'[{index + 1}/{len(run.recipe)}] {stage.name}: fitting')
+  metrics.rewind([s.name for s in run.recipe], stage.name, -1)
+  state = _initial(run, stage, abstract)
+  key = keys.named(run.root, stage.name)
+  preprocess = jax.jit(functools.partial(run.preprocess, train=False))
+  epoch = [
+    preprocess(jax.random.fold_in(key, i), batch)
+    for i, batch in enumerate(pipeline.epoch(run.data['train'], run.settings.batch_size))
+  ]
+  fitted = stage.fit({'params': state.params, 'stats': state.stats}, epoch, jax.random.fold_in(key, len(epoch)))
+  params = {**state.params, **fitted['params']}
+  for group in params:
+    _same_shapes(params[group], abstract.params[group], f'config.stages.{stage.name}: group {group!r} after fit')
+  state = state.replace(params=params, stats={**state.stats, **fitted.get('stats', {})})
+  state = jax.device_put(state, jax.tree.map(lambda a: a.sharding, abstract))
+  bad = [g for g in params if not all(np.isfinite(x).all() for x in jax.tree.leaves(jax.device_get(params[g])))]
+  if bad:
+    raise TrainingDiverged(f'stage {stage.name!r}: the fit left values that are not finite in group {bad[0]!r}')
+  store = run.checkpoints(stage)
+  store.save(0, state, None)
+  store.close()

@@ -1,0 +1,134 @@
+"""One training step: every method's updates through the package's only `value_and_grad`."""
+
+from collections.abc import Callable
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from latentgen.train import check, keys
+from latentgen.types import Array, Aux, Context, Key, Params, Stage, TrainState, Update
+
+Preprocess = Callable[..., Any]  # (key, raw batch, train) -> batch
+Health = dict[str, Array]  # {'step', 'term'}: the first step and term that were not finite, -1 while all is well
+
+EMA_WARMUP = 10.0  # average over min(decay, (1 + t) / (10 + t)), so that early averages forget the initialisation
+
+
+def gradient(update: Update, params: Params, ctx: Context) -> tuple[tuple[Array, Aux], Params]:
+  """((loss, aux), gradient over the groups of `update.wrt`)."""
+  moved = {g: params[g] for g in update.wrt}
+  return jax.value_and_grad(lambda p: update.loss({**params, **p}, ctx), has_aux=True)(moved)
+
+
+def init_state(stage: Stage, preprocess: Preprocess, key: Key, raw: Any) -> TrainState:
+  """The state of a stage before its first step; pure, to be jitted with out_shardings."""
+  batch = preprocess(keys.named(key, 'preprocess'), raw, True)
+  variables = stage.method.init(key, batch)
+  params = dict(variables['params'])
+  check.check_groups(stage, params)
+  state = TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    stats=dict(variables.get('stats', {})),
+    carry=variables.get('carry', ()),
+    opt=optimiser_state(stage, params),
+    ema={g: params[g] for g in stage.ema},
+  )
+  return jax.tree.map(lambda x: jnp.asarray(x, x.dtype), state)  # weak types would trace the second step anew
+
+
+def optimiser_state(stage: Stage, params: Params) -> dict[str, Any]:
+  if stage.fit is not None:
+    return {}
+  return {u.name: stage.optim[u.name].init({g: params[g] for g in u.wrt}) for u in stage.method.updates()}
+
+
+def evaluation_variables(state: TrainState) -> dict[str, Any]:
+  """What evaluation and later stages see: averaged parameters where the stage keeps an average."""
+  return {'params': {**state.params, **state.ema}, 'stats': state.stats}
+
+
+def healthy() -> Health:
+  return {'step': jnp.full((), -1, jnp.int32), 'term': jnp.full((), -1, jnp.int32)}
+
+
+def make_step(stage: Stage, preprocess: Preprocess) -> tuple[Callable[..., Any], list[str]]:
+  """Builds the pure step function of a stage.
+
+  Returns:
+    step: (state, health, stage key, raw batch) -> (state, health, {'update/metric': scalar}).
+    terms: filled while `step` is traced; names what `health['term']` counts.
+  """
+  method, updates = stage.method, stage.method.updates()
+  terms: list[str] = []
+
+  def run(i: int, update: Update, params: Params, opt: Any, ctx: Context):
+    """One update -> its groups' new parameters, optimiser state, changed stats, metrics."""
+    ctx = ctx.replace(key=jax.random.fold_in(ctx.key, keys.UPDATES + i))
+    (loss, aux), grads = gradient(update, params, ctx)
+    old = {g: params[g] for g in update.wrt}
+    delta, opt = stage.optim[update.name].update(grads, opt, old)
+    metrics = {'loss': loss, **aux.metrics, 'grad_norm': optax.tree.norm(grads)}
+    return optax.apply_updates(old, delta), opt, dict(aux.stats), metrics
+
+  def run_every(i: int, update: Update, params: Params, opt: Any, ctx: Context):
+    if update.every == 1:
+      return run(i, update, params, opt, ctx)
+    took = functools.partial(run, i, update)
+    shapes = jax.eval_shape(took, params, opt, ctx)
+
+    def skip(params, opt, ctx):
+      stats = {name: ctx.stats[name] for name in shapes[2]}
+      return {g: params[g] for g in update.wrt}, opt, stats, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes[3])
+
+    return jax.lax.cond(ctx.step % update.every == 0, took, skip, params, opt, ctx)
+
+  def step(state: TrainState, health: Health, key: Key, raw: Any):
+    key = jax.random.fold_in(key, state.step)
+    batch = preprocess(jax.random.fold_in(key, keys.PREPROCESS), raw, True)
+    ctx = Context(batch=batch, key=key, step=state.step, stats=state.stats, carry=state.carry, ema=state.ema)
+    prepared = ctx.replace(key=jax.random.fold_in(key, keys.PREPARE))
+    shared, carry = jax.lax.stop_gradient(method.prepare(jax.lax.stop_gradient(state.params), prepared))
+    ctx = ctx.replace(shared=shared, carry=carry)
+
+    params, stats, opt, metrics = dict(state.params), dict(state.stats), dict(state.opt), {}
+    for i, update in enumerate(updates):
+      if method.order == 'simultaneous':
+        new, opt[update.name], changed, found = run_every(i, update, state.params, opt[update.name], ctx)
+      else:
+        new, opt[update.name], changed, found = run_every(
+          i, update, params, opt[update.name], ctx.replace(stats=stats)
+        )
+      params.update(new)
+      stats.update(changed)
+      metrics.update({f'{update.name}/{name}': jnp.asarray(value, jnp.float32) for name, value in found.items()})
+
+    decay = {g: jnp.minimum(d, (1.0 + state.step) / (EMA_WARMUP + state.step)) for g, d in stage.ema.items()}
+    ema = {g: optax.incremental_update(params[g], state.ema[g], 1.0 - d) for g, d in decay.items()}
+
+    terms[:] = list(metrics)
+    bad = ~jnp.isfinite(jnp.stack(list(metrics.values())))
+    first = bad.any() & (health['step'] < 0)
+    health = {
+      'step': jnp.where(first, state.step, health['step']),
+      'term': jnp.where(first, jnp.argmax(bad).astype(jnp.int32), health['term']),
+    }
+    state = TrainState(step=state.step + 1, params=params, stats=stats, carry=carry, opt=opt, ema=ema)
+    return state, health, metrics
+
+  return step, terms
+
+
+def make_validation(stage: Stage, preprocess: Preprocess) -> Callable[..., Any]:
+  """(variables, step, key, raw, mask [b]) -> {metric: sum over the unmasked examples}."""
+
+  def validate(variables, step, key, raw, mask):
+    batch = preprocess(jax.random.fold_in(key, keys.PREPROCESS), raw, False)
+    ctx = Context(batch=batch, key=jax.random.fold_in(key, keys.UPDATES), step=step, stats=variables['stats'])
+    found = stage.method.metrics(variables['params'], ctx)
+    return {name: jnp.where(mask, value, 0.0).sum() for name, value in found.items()}
+
+  return validate

@@ -1,0 +1,110 @@
+"""The work directory: whose it is, that it can be written, that nobody else writes it, and what a run says about itself."""
+
+import contextlib
+import fcntl
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import tempfile
+from typing import Any
+
+import jax
+
+from latentgen.config import File, flatten
+from latentgen.errors import UserError
+
+PACKAGES = ('latentgen', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy', 'ml-collections')
+FREE = ('evaluate.', 'paper.', 'train.log_every_steps', 'mesh.')  # what may differ when a run is resumed
+
+
+def describe(file: File, config: dict[str, Any], overrides: dict[str, Any], mesh: jax.sharding.Mesh) -> dict[str, Any]:
+  """What config.json holds."""
+  versions = {'python': platform.python_version()}
+  for name in PACKAGES:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      versions[name] = importlib.metadata.version(name)
+  return {
+    'experiment': file.path.stem,
+    'variant': file.variant,
+    'config': config,
+    'overrides': {k: str(v) for k, v in overrides.items()},
+    'versions': versions,
+    'seed': config.get('seed', 0),
+    'mesh': {**{k: int(v) for k, v in mesh.shape.items()}, 'device': mesh.devices.flat[0].device_kind},
+  }
+
+
+def read(workdir: pathlib.Path) -> dict[str, Any] | None:
+  """config.json, or None if there is none.
+
+  Raises:
+    UserError: if it cannot be read.
+  """
+  path = workdir / 'config.json'
+  if not path.exists():
+    return None
+  try:
+    found = json.loads(path.read_text())
+    found['experiment'], found['variant'], found['config']
+    return found
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise UserError(f'{path} is damaged ({type(error).__name__}); take another --workdir') from error
+
+
+def check(workdir: pathlib.Path, mine: dict[str, Any]) -> None:
+  """That a work directory, if it holds a run, holds this one; changes nothing.
+
+  Raises:
+    UserError: another experiment, another config, a file in its place.
+  """
+  if workdir.exists() and not workdir.is_dir():
+    raise UserError(f'--workdir: {workdir} is a file')
+  found = read(workdir)
+  if found is None:
+    if workdir.is_dir() and any(p.name != '.lock' for p in workdir.iterdir()):
+      raise UserError(f'--workdir: {workdir} holds files but no run (no config.json); take another folder')
+    return
+  if (found['experiment'], found['variant']) != (mine['experiment'], mine['variant']):
+    names = [':'.join(filter(None, (d['experiment'], d['variant']))) for d in (found, mine)]
+    raise UserError(f'--workdir: {workdir} holds experiment {names[0]}, not {names[1]}; take another folder')
+  old, new = flatten(found['config']), flatten(json.loads(json.dumps(mine['config'])))
+  for key in sorted(old.keys() | new.keys()):
+    if not key.startswith(FREE) and old.get(key) != new.get(key):
+      raise UserError(
+        f'--workdir: {workdir} was made with config.{key} = {old.get(key)!r}, not {new.get(key)!r}; '
+        'set it so, or take another folder'
+      )
+
+
+@contextlib.contextmanager
+def claim(workdir: pathlib.Path, mine: dict[str, Any]):
+  """Makes the directory this run's own for a while, and writes config.json if there is none.
+
+  Raises:
+    UserError: if it cannot be written, or another run holds it.
+  """
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=workdir):
+      pass
+    lock = (workdir / '.lock').open('w')
+  except OSError as error:
+    raise UserError(f'--workdir: {workdir} cannot be written ({error.strerror}); take another folder') from error
+  with lock:
+    if jax.process_index() == 0:
+      try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except OSError as error:
+        raise UserError(f'--workdir: another run is at work in {workdir}; wait for it, or take another folder') from error
+      if not (workdir / 'config.json').exists():
+        write_json(workdir / 'config.json', mine)
+    yield
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+  """Whole or not at all."""
+  partial = path.with_name(path.name + '.tmp')
+  partial.write_text(json.dumps(value, indent=2) + '\n')
+  os.replace(partial, path)
