@@ -91,8 +91,9 @@ def test_bounds_are_ordered_and_the_upper_gap_is_a_divergence():
 # ---------------------------------------------------------------------------------------- reductions and axes
 
 
-@pytest.mark.parametrize('transform', [lambda f: f, lambda f: jax.grad(lambda a: f(a).sum())], ids=['value', 'gradient'])
-def test_reductions(transform):
+@pytest.mark.parametrize('gradient', [False, True])
+def test_reductions(gradient):
+  transform = lambda f: jax.grad(lambda a: f(a).sum()) if gradient else f
   log_w = _random(7, 5)
   same = lambda f, g: np.testing.assert_allclose(transform(f)(log_w), transform(g)(log_w), rtol=1e-5, atol=1e-6)
   same(lambda a: losses.miwae(a[:, None]), lambda a: losses.elbo(a, jnp.zeros_like(a)))

@@ -90,7 +90,8 @@ def test_splitting_a_component_changes_nothing():
   split = lambda a: np.concatenate([a, a[:1]])
   weights = split(p[0])
   weights[[0, -1]] /= 2
-  f = lambda prior: jax.value_and_grad(lambda posterior: losses.cauchy_schwarz(posterior, prior).sum())(_arrays(*q))
+  total = lambda posterior, prior: losses.cauchy_schwarz(posterior, prior).sum()
+  f = lambda prior: jax.jit(jax.value_and_grad(total))(_arrays(*q), prior)
   refined, whole = f(_arrays(weights, split(p[1]), split(p[2]))), f(_arrays(*p))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), refined, whole)
 
@@ -117,7 +118,7 @@ def test_gradients_are_finite_differences():
   with jax.enable_x64(True):
     arguments = _unconstrained_arguments(6, 2, 3, 2)
     value = jax.jit(_unconstrained)
-    grads = jax.grad(_unconstrained, argnums=range(5))(*map(jnp.asarray, arguments))
+    grads = jax.jit(jax.grad(_unconstrained, argnums=range(5)))(*map(jnp.asarray, arguments))
     for i, (array, grad) in enumerate(zip(arguments, grads, strict=True)):
       for index in np.ndindex(array.shape):
         sides = []
@@ -135,7 +136,7 @@ def test_float32_is_stable_in_many_dimensions(d):
   offsets = 3.0 * np.arange(5)[:, None] * rng.choice([-1, 1], size=(5, d))
   arguments = list(_unconstrained_arguments(8, 4, 5, d))
   arguments[2] = offsets
-  f = jax.value_and_grad(_unconstrained, argnums=range(5))
+  f = jax.jit(jax.value_and_grad(_unconstrained, argnums=range(5)))
   single = f(*map(jnp.float32, arguments))
   with jax.enable_x64(True):
     double = jax.tree.map(np.asarray, f(*map(jnp.asarray, arguments)))
@@ -147,17 +148,17 @@ def test_float32_is_stable_in_many_dimensions(d):
 
 def test_chunks_change_neither_value_nor_gradient(monkeypatch):
   arguments = [jnp.float32(a) for a in _unconstrained_arguments(9, 5, 7, 3)]
-  f = jax.value_and_grad(_unconstrained, argnums=range(5))
-  whole = f(*arguments)
+  compiled = lambda: jax.jit(jax.value_and_grad(lambda *a: _unconstrained(*a), argnums=range(5)))  # traced anew each
+  whole = compiled()(*arguments)
   monkeypatch.setattr(module, '_MAX_ELEMENTS', 42)  # two rows of 7 x 3 at a time, a remainder of one
-  assert 'while' in jax.jit(_unconstrained).lower(*arguments).as_text()  # the loop is really taken
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), f(*arguments), whole)
+  assert 'while' in compiled().lower(*arguments).as_text()  # the loop is really taken
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), compiled()(*arguments), whole)
 
 
 def test_dead_component():
   q, p = _random_pair(10, 2, 3, 4)
   weights = np.array([0.4, 0.6, 0.0])
   f = lambda w, m, s: losses.cauchy_schwarz(_arrays(*q), (w, m, s)).sum()
-  value, grads = jax.value_and_grad(f, argnums=(0, 1, 2))(*_arrays(weights, *p[1:]))
+  value, grads = jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2)))(*_arrays(weights, *p[1:]))
   np.testing.assert_allclose(value, f(*_arrays(weights[:2], p[1][:2], p[2][:2])), rtol=1e-5)
   assert all(jnp.isfinite(g).all() for g in grads)

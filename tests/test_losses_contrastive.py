@@ -141,7 +141,11 @@ def test_gaussian_nll_is_scipys(scale_shape):
   want = -stats.norm.logpdf(x, loc, scale).sum((-1, -2))
   assert got.shape == (5, 3)
   np.testing.assert_allclose(got, want, rtol=2e-5)
-  np.testing.assert_allclose(losses.gaussian_nll(jnp.float32(x), jnp.float32(x), 0.5), 8 * np.log(0.5 * np.sqrt(2 * np.pi)) * np.ones(3), rtol=1e-5)
+
+
+def test_gaussian_nll_at_the_mean():
+  x = jnp.ones((3, 2, 4))
+  np.testing.assert_allclose(losses.gaussian_nll(x, x, 0.5), [8 * np.log(0.5 * np.sqrt(2 * np.pi))] * 3, rtol=1e-5)
 
 
 def test_optimal_scale():

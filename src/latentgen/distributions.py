@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 Array = jax.Array
 _LOG_2PI = math.log(2.0 * math.pi)
@@ -42,7 +43,7 @@ class Normal:
     """Mean, broadcast to `shape`."""
     return jnp.broadcast_to(self.loc, self.shape)
 
-  def log_prob(self, value: Array) -> Array:
+  def log_prob(self, value: ArrayLike) -> Array:
     """Elementwise log-density, nats."""
     return -0.5 * jnp.square((value - self.loc) / self.scale) - jnp.log(self.scale) - 0.5 * _LOG_2PI
 
@@ -82,7 +83,7 @@ class Bernoulli:
     """Probability of a one."""
     return jax.nn.sigmoid(self.logits)
 
-  def log_prob(self, value: Array) -> Array:
+  def log_prob(self, value: ArrayLike) -> Array:
     """Elementwise log-probability, nats; value in [0, 1]."""
     return value * jax.nn.log_sigmoid(self.logits) + (1.0 - value) * jax.nn.log_sigmoid(-self.logits)
 
@@ -109,7 +110,7 @@ class Independent:
     """Mean of the base."""
     return self.base.mean
 
-  def log_prob(self, value: Array) -> Array:
+  def log_prob(self, value: ArrayLike) -> Array:
     """Log-density of the event, nats."""
     log_prob = self.base.log_prob(value)
     return log_prob.sum(tuple(range(log_prob.ndim - self.ndims, log_prob.ndim)))
@@ -182,7 +183,7 @@ class DiscretizedLogisticMixture:
   def _top(self) -> int:
     return 2**self.bits - 1
 
-  def log_prob(self, value: Array) -> Array:
+  def log_prob(self, value: ArrayLike) -> Array:
     """Log-probability of each pixel, nats, the channels summed.
 
     Args:
@@ -265,7 +266,7 @@ class GaussianMixture:
     """[d]."""
     return self.weights @ self.loc
 
-  def log_prob(self, value: Array) -> Array:
+  def log_prob(self, value: ArrayLike) -> Array:
     """Log-density in nats, [..., d] -> [...]."""
     components = Normal(self.loc, self.scale).log_prob(value[..., None, :]).sum(-1)
     # Weights enter as factors, so that a dead component (weight 0) has a finite gradient.
@@ -278,7 +279,7 @@ class GaussianMixture:
     return Normal(self.loc[index], self.scale[index]).sample(key_noise)
 
 
-def soft_clamp(x: Array, bound: float = 5.0) -> Array:
+def soft_clamp(x: ArrayLike, bound: float = 5.0) -> Array:
   """Smooth clamp to (-bound, bound) with slope one at zero: bound * tanh(x / bound).
 
   References:
@@ -287,7 +288,7 @@ def soft_clamp(x: Array, bound: float = 5.0) -> Array:
   return bound * jnp.tanh(x / bound)
 
 
-def soft_clamped_normal(mu: Array, log_sigma: Array, floor: float = 0.01) -> Normal:
+def soft_clamped_normal(mu: ArrayLike, log_sigma: ArrayLike, floor: float = 0.01) -> Normal:
   """Normal(soft_clamp(mu), exp(soft_clamp(log_sigma)) + floor)."""
   return Normal(soft_clamp(mu), jnp.exp(soft_clamp(log_sigma)) + floor)
 

@@ -3,11 +3,11 @@
 import math
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, ScalarLike
 
 
 def gaussian_nll(
-  x: Float[Array, 'b *event'], loc: Float[Array, '...'], scale: Float[Array, '...'] | float
+  x: Float[Array, 'b *event'], loc: Float[Array, '...'], scale: Float[Array, '...'] | ScalarLike
 ) -> Float[Array, '...']:
   """Negative log-density under a diagonal Gaussian, summed over the axes of an event.
 

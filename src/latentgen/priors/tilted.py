@@ -118,7 +118,7 @@ class Tilted:
       start, run = jax.random.split(key)
       chain = samplers.langevin(log_density)
       state = chain.init(jax.random.normal(start, prior.loc.shape, prior.loc.dtype))
-      return prior.loc + scale * chain.run(run, state, step_size, steps).position
+      return prior.loc + scale * chain.run(run, state, step_size, steps)[0].position
 
     return choose
 
