@@ -6,9 +6,17 @@ import numpy as np
 import pytest
 import scipy.linalg
 import scipy.stats
+import threadpoolctl
 
 from latentgen.evaluate import statistics
 from latentgen.evaluate.two_sample import cross_validated
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+  """As in `run_all`: many small products on several threads wait for one another."""
+  with threadpoolctl.threadpool_limits(1):
+    yield
 
 
 def test_auroc_and_delong_error_by_brute_force():
@@ -51,7 +59,7 @@ def test_two_sample_test_finds_nothing_where_there_is_nothing():
 def test_two_sample_test_recovers_the_area_of_shifted_gaussians(classifier):
   rng = np.random.default_rng(3)
   shift = 1.0
-  real, fake = rng.normal(size=(1000, 1, 3)), rng.normal(size=(1000, 3))
+  real, fake = rng.normal(size=(800, 1, 3)), rng.normal(size=(800, 3))
   real[..., 1] += shift
   folded = cross_validated(real, fake, classifier)
   found = statistics.pooled([statistics.auroc(*f) for f in folded], [len(p) for p, _ in folded])
@@ -61,11 +69,11 @@ def test_two_sample_test_recovers_the_area_of_shifted_gaussians(classifier):
 
 def test_two_sample_test_sees_scale_and_draws_of_one_image_stay_together():
   rng = np.random.default_rng(4)
-  real = np.repeat(rng.normal(size=(150, 1, 6)), 5, 1) + 1e-3 * rng.normal(size=(150, 5, 6))  # five near copies
-  folded = cross_validated(real, rng.normal(size=(750, 6)), 'both')
+  real = np.repeat(rng.normal(size=(100, 1, 6)), 5, 1) + 1e-3 * rng.normal(size=(100, 5, 6))  # five near copies
+  folded = cross_validated(real, rng.normal(size=(500, 6)), 'both')
   area = statistics.pooled([statistics.auroc(*f) for f in folded], [len(p) for p, _ in folded])
   assert abs(area.value - 0.5) < 3.5 * area.stderr  # copies across folds would be recognised
-  assert sum(p.size for p, _ in folded) == 750 and all(p.shape[1] == 5 for p, _ in folded)
+  assert sum(p.size for p, _ in folded) == 500 and all(p.shape[1] == 5 for p, _ in folded)
   scaled = cross_validated(0.5 * rng.normal(size=(400, 1, 6)), rng.normal(size=(400, 6)), 'quadratic')
   assert min(statistics.auroc(*f).value for f in scaled) > 0.85  # the linear part alone is blind to it
 

@@ -186,15 +186,15 @@ def test_one_step():
 
 def test_chains_and_leaves_are_independent():
   variances = jnp.array([0.5, 2.0])
-  log_density = lambda z: -0.5 * jnp.square(z['a']) - 0.5 * (jnp.square(z['b']) / variances).sum((1, 2))
-  sampler = samplers.langevin(log_density)
-  position = {'a': jnp.zeros(20_000), 'b': jnp.zeros((20_000, 1, 2))}
+  energy = lambda z: jnp.square(z['a']) + jnp.square(z['c']) + (jnp.square(z['b']) / variances).sum((1, 2))
+  sampler = samplers.langevin(lambda z: -0.5 * energy(z))
+  position = {'a': jnp.zeros(20_000), 'b': jnp.zeros((20_000, 1, 2)), 'c': jnp.zeros(20_000)}  # two of one shape
   state, info = jax.jit(sampler.run, static_argnums=3)(jax.random.key(0), sampler.init(position), 0.1, 100)
-  draws = np.concatenate([state.position['a'][:, None], state.position['b'][:, 0]], 1)
-  variance = np.array([1.0, 0.5, 2.0])
+  draws = np.column_stack([state.position['a'], state.position['b'][:, 0], state.position['c']])
+  variance = np.array([1.0, 0.5, 2.0, 1.0])
   want = variance / (1 - 0.1 / (4 * variance)) * (1 - (1 - 0.05 / variance) ** 200)  # after 100 steps from zero
   np.testing.assert_allclose(draws.var(0), want, rtol=5 * np.sqrt(2 / 20_000))
-  assert np.abs(np.corrcoef(draws.T) - np.eye(3)).max() < 5 / np.sqrt(20_000)
+  assert np.abs(np.corrcoef(draws.T) - np.eye(4)).max() < 5 / np.sqrt(20_000)
   assert abs(np.corrcoef(draws[:-1, 0], draws[1:, 0])[0, 1]) < 5 / np.sqrt(20_000)
   norms = np.sqrt(np.square(draws / variance).sum(1))
   _, info = sampler.step(jax.random.key(1), state, 0.1)

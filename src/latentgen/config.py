@@ -13,6 +13,7 @@ import importlib.util
 import inspect
 import pathlib
 import pkgutil
+import sys
 from types import ModuleType
 import typing
 from typing import Any
@@ -56,10 +57,13 @@ def load(spec: str) -> tuple[File, ConfigDict]:
   if loader is None:
     raise UserError(f'--config: {name!r} is not a Python file')
   module = importlib.util.module_from_spec(loader)
+  sys.path.insert(0, str(path.parent.absolute()))  # an experiment may build on its neighbours
   try:
     loader.loader.exec_module(module)
   except Exception as error:
     raise UserError(f'--config: {name} cannot be loaded: {type(error).__name__}: {_one_line(error)}') from error
+  finally:
+    sys.path.pop(0)
   if not callable(getattr(module, 'get_config', None)):
     raise UserError(f'--config: {name} defines no get_config(variant)')
   variants = ('', *getattr(module, 'VARIANTS', ()))
@@ -206,7 +210,7 @@ def split_name(options: Mapping[str, Any], where: str) -> tuple[str, dict[str, A
 def build_data(config: Mapping[str, Any], seed: int) -> tuple[dict[str, Any], Callable[..., Any], int]:
   """(splits, preprocess, batch size) of `config.data`; `seed` fixes a fixed binarisation."""
   from latentgen import data
-  from latentgen.data import preprocess
+  from latentgen.data import pipeline, preprocess
 
   name, options = split_name(config, 'config.data')
   batch_size = options.pop('batch_size', None)
@@ -214,6 +218,7 @@ def build_data(config: Mapping[str, Any], seed: int) -> tuple[dict[str, Any], Ca
     raise UserError(f'config.data.batch_size is {batch_size!r}, need a positive whole number')
   steps = {k: options.pop(k) for k in inspect.signature(preprocess.make).parameters if k in options}
   splits = data.load(name, **options)
+  pipeline.Steps(splits['train'], batch_size, seed)  # complains of a batch that is larger than the split
   if steps.get('binarize') == 'fixed':
     splits = {split: preprocess.binarize_fixed(source, seed) for split, source in splits.items()}
   return splits, preprocess.make(**steps), batch_size

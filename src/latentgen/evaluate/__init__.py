@@ -12,6 +12,8 @@ import inspect
 import pkgutil
 from typing import Any
 
+import threadpoolctl  # comes with scikit-learn
+
 from latentgen.errors import UserError
 from latentgen.evaluate.base import Findings, Picture, Result, Subject, named_key, near
 from latentgen.evaluate.writing import write_pictures, write_results
@@ -71,7 +73,9 @@ def run_all(subject: Subject, tasks: Mapping[str, Mapping[str, Any]]) -> Finding
   """
   check_tasks(tasks)
   findings = Findings()
-  for task, options in tasks.items():
-    mine = dataclasses.replace(subject, key=named_key(subject.key, task))
-    findings.merge(task_module(task).run(mine, **dict(options or {})))
+  # One thread for numpy and scikit-learn: sums in one order on any number of cores, no contention on shared ones.
+  with threadpoolctl.threadpool_limits(1):
+    for task, options in tasks.items():
+      mine = dataclasses.replace(subject, key=named_key(subject.key, task))
+      findings.merge(task_module(task).run(mine, **dict(options or {})))
   return findings

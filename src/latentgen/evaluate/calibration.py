@@ -61,7 +61,7 @@ def run(
     curves[name or 'all groups'] = curve = reliability(positive, negative, bins)
     error = _error_of_error(positive, negative, bins, repeats, seed_of(named_key(subject.key, prefix)))
     findings.results[f'{prefix}/ece'] = Result(curve.error(), 'probability', n, error)
-    right = ((positive > 0) + (negative < 0)) / 2.0
+    right = (np.float64(positive > 0) + np.float64(negative < 0)) / 2
     loss = np.logaddexp(0, -positive.astype(np.float64)) + np.logaddexp(0, negative.astype(np.float64))
     findings.results[f'{prefix}/accuracy'] = average(right.reshape(n, -1).mean(1), 'fraction')
     findings.results[f'{prefix}/nce'] = average(loss.reshape(n, -1).mean(1), 'nats')

@@ -38,8 +38,8 @@ def write(
   Args:
     workdir: the run's directory; its name stands on the page, its path does not.
     config: what config.json holds, {'config', 'overrides', 'versions', 'seed', 'mesh'}, or a bare config.
-    header: docstring of the experiment: the first line is the title; from a line that starts with 'Deviations', the
-      deviations from the paper.
+    header: docstring of the experiment: the first line is the title; from a line that starts with 'Deviations' or 'Where
+      this differs', the deviations from the paper.
     results: {name: Result}, or {name: {'value', 'unit', 'n', 'stderr'}}.
     pictures: [{'title', 'caption', 'path'}] as `write_pictures` returns them; paths absolute or below workdir. One whose file
       is named before_after comes first.
@@ -87,7 +87,7 @@ def write(
 def split_header(header: str) -> tuple[str, str, str]:
   """Experiment docstring -> (title, text, deviations from the paper)."""
   lines = (header or '').strip().splitlines()
-  start = next((i for i, line in enumerate(lines) if re.match(r'\W*deviations\b', line, re.I)), len(lines))
+  start = next((i for i, line in enumerate(lines) if re.match(r'\W*(deviations|differences|where this differs)\b', line, re.I)), len(lines))
   title = lines[0].strip().rstrip('.') if lines else ''
   return title, '\n'.join(lines[1:start]).strip(), '\n'.join(lines[start:]).strip()
 
@@ -152,14 +152,14 @@ def _data(kind: str, content: bytes) -> str:
 def curves(metrics: Iterable[Mapping[str, Any]]) -> dict[str, list[dict[str, str]]]:
   """A chart for every stage and metric, train and valid in one: {stage: [{'title', 'source'}]}, stages as they ran.
 
-  Metrics of groups or levels (name0, name1, ... or name/group0 ...) share one chart.
+  Metrics of groups or levels (name/level0/group1, name_3, ...) share one chart.
   """
   series: dict[tuple[str, str], dict[str, list[tuple[float, float]]]] = {}
   for row in metrics:
     for name, value in row.items():
       if name in ('step', 'stage', 'split') or isinstance(value, (str, bool)) or value is None or not math.isfinite(value):
         continue
-      family = re.sub(r'[/_]?(level|group)?_?\d+', '', name) or name
+      family = re.sub(r'[/_]?(level|group)_?\d+|[/_]\d+', '', name) or name
       label = ' '.join(filter(None, [name if family != name else '', row.get('split', '')])) or name
       series.setdefault((row.get('stage', ''), family), {}).setdefault(label, []).append((row['step'], value))
   charted: dict[str, list[dict[str, str]]] = {}

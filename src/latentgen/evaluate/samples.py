@@ -4,6 +4,7 @@ All from the subject's key, so that pictures of two runs differ by the models al
 """
 
 from collections.abc import Sequence
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +37,7 @@ def run(
   temperatures: Sequence[float] = (0.6, 0.8, 1.0),
   images: int = 8,
   columns: int = 8,
+  readjust_batches: int = 50,
   parts: Sequence[str] = PARTS,
 ) -> Findings:
   """Draws the pictures.
@@ -48,6 +50,8 @@ def run(
     temperatures: factors on the base prior's deviations, for the default sampler; none: no such picture.
     images: rows of the resampling picture; four times as many are reconstructed.
     columns: at most so many columns in the resampling picture.
+    readjust_batches: batches of prior samples from which a method with `readjust` takes new BatchNorm statistics at every
+      temperature but 1; 0: none.
     parts: which pictures, of PARTS.
 
   Returns:
@@ -58,7 +62,9 @@ def run(
     UserError: for a bad value, naming the key.
   """
   where = 'config.evaluate.samples'
-  for name, value, least in (('count', count, 1), ('images', images, 1), ('columns', columns, 2)):
+  for name, value, least in (
+    ('count', count, 1), ('images', images, 1), ('columns', columns, 2), ('readjust_batches', readjust_batches, 0)
+  ):  # fmt: skip
     check_count(f'{where}.{name}', value, least)
   for part in parts:
     check_choice(f'{where}.parts', part, PARTS)
@@ -70,7 +76,7 @@ def run(
   if 'samplers' in parts:
     _samplers(subject, names, count, pictures)
   if 'temperatures' in parts and len(temperatures):
-    _temperatures(subject, tuple(temperatures), min(count, 36), pictures)
+    _temperatures(subject, tuple(temperatures), min(count, 36), readjust_batches, pictures)
   if 'reconstructions' in parts:
     _reconstructions(subject, split, 4 * images, pictures)
   if 'levels' in parts:
@@ -96,8 +102,17 @@ def _samplers(subject: Subject, names: Sequence[str], count: int, pictures: dict
     pictures[f'samples_{name}'] = Picture(array, f'Samples: {name}', f'{count} decoder means, not selected.')
 
 
-def _temperatures(subject: Subject, temperatures: Sequence[float], count: int, pictures: dict[str, Picture]) -> None:
-  panels = {f'temperature {t:g}': grid(_means(subject, None, count, float(t))) for t in temperatures}
+def _temperatures(
+  subject: Subject, temperatures: Sequence[float], count: int, batches: int, pictures: dict[str, Picture]
+) -> None:
+  panels = {}
+  for t in temperatures:
+    variables, readjust = subject.variables, getattr(subject.method, 'readjust', None)
+    if readjust is not None and batches and t != 1:
+      again = jax.jit(lambda variables, key, t=t: readjust(variables, key, t, batches))
+      variables = again(variables, named_key(subject.key, 'readjust'))
+    at = dataclasses.replace(subject, variables=variables)
+    panels[f'temperature {t:g}'] = grid(_means(at, None, count, float(t)))
   default = subject.method.samplers[0]
   pictures['temperatures'] = Picture(
     beside(panels),

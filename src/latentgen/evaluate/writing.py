@@ -54,9 +54,9 @@ def write_pictures(folder: str | os.PathLike, images: Mapping[str, Picture]) -> 
     images: {name: picture}; a '/' in a name becomes '-'.
 
   Returns:
-    [{'title', 'caption', 'path'}] in the given order, as `report.write` takes them.
+    [{'title', 'caption', 'path': absolute}] in the given order, as `report.write` takes them.
   """
-  folder = pathlib.Path(folder)
+  folder = pathlib.Path(folder).absolute()
   folder.mkdir(parents=True, exist_ok=True)
   listed = []
   for name, picture in images.items():

@@ -83,8 +83,16 @@ class DecoderCell(nn.Module):
   train: bool = False
   dtype: Any = jnp.float32
 
-  @nn.compact
+  def setup(self) -> None:
+    if self.up:
+      self.skip = Upsample(self.features, self.dtype)
+
   def __call__(self, x: Array) -> Array:
+    """[n, h, w, c] -> [n, h, w, features], doubled if `up`."""
+    return (self.skip(x) if self.up else x) + BRANCH_WEIGHT * self.branch(x)
+
+  @nn.compact
+  def branch(self, x: Array) -> Array:
     """[n, h, w, c] -> [n, h, w, features], doubled if `up`."""
 
     def conv(features: int, size: int, depthwise: bool = False) -> Conv:
@@ -100,10 +108,7 @@ class DecoderCell(nn.Module):
     h = conv(hidden, 5, depthwise=True)(h)
     h = swish(batch_norm(self.train, self.dtype)(h))
     h = batch_norm(self.train, self.dtype)(conv(self.features, 1)(h))
-    if self.squeeze_excite:
-      h = SqueezeExcite(self.dtype)(h)
-    skip = Upsample(self.features, self.dtype, name='skip')(x) if self.up else x
-    return skip + BRANCH_WEIGHT * h
+    return SqueezeExcite(self.dtype)(h) if self.squeeze_excite else h
 
 
 class Upsample(nn.Module):

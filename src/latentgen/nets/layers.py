@@ -1,12 +1,11 @@
 """Layers that the networks share: convolution, dense layer, BatchNorm, squeeze-and-excitation."""
 
-from collections.abc import Callable
+import math
 from typing import Any
 
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from latentgen.nets import convolution
 from latentgen.types import Array, Key
@@ -14,14 +13,26 @@ from latentgen.types import Array, Key
 swish = nn.swish
 
 
-def uniform_fan_in(fan_in: int) -> Callable[..., Array]:
-  """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): PyTorch's default for kernels (Kaiming uniform with a = sqrt 5) and biases."""
-  bound = 1.0 / np.sqrt(fan_in)
+def affine(module: nn.Module, shape: tuple[int, ...], use_bias: bool, mask: Array | None = None) -> tuple[Array, Array | None]:
+  """The parameters `kernel` [..., i, o] and `bias` [o] or None of a compact module, float32.
 
-  def init(key: Key, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
-    return jax.random.uniform(key, shape, dtype, -bound, bound)
+  Both start as U(-1/sqrt(fan_in), 1/sqrt(fan_in)), PyTorch's default (Kaiming uniform with a = sqrt 5), the kernel times the
+  mask. They are one draw of random numbers: compiling the draws is most of the cost of compiling an initialisation.
+  """
+  size, outputs = math.prod(shape), shape[-1]
+  bias: Array | float = 0.0
 
-  return init
+  def first(key: Key) -> Array:
+    nonlocal bias
+    bound = math.sqrt(outputs / size)
+    draw = jax.random.uniform(key, (size + use_bias * outputs,), minval=-bound, maxval=bound)
+    kernel, bias = draw[:size].reshape(shape), draw[size:]
+    return kernel if mask is None else kernel * mask
+
+  # Flax also traces initialisers to check shapes; only the real call may leave a bias behind.
+  known = module.has_variable('params', 'kernel')
+  kernel = module.param('kernel', (lambda _: jnp.zeros(shape)) if known else first)
+  return kernel, module.param('bias', lambda _: jnp.broadcast_to(bias, (outputs,))) if use_bias else None
 
 
 class Conv(nn.Module):
@@ -56,29 +67,33 @@ class Conv(nn.Module):
     """
     k, channels = self.kernel_size, x.shape[-1]
     shape = (k, k, 1, channels) if self.depthwise else (k, k, channels, self.features)
-    fan_in = k * k * shape[2]
     mask = None if mask is None else jnp.asarray(mask, jnp.float32)
-
-    def init(key: Key) -> Array:
-      kernel = uniform_fan_in(fan_in)(key, shape)
-      return kernel if mask is None else kernel * mask
-
-    kernel = self.param('kernel', init)
+    kernel, bias = affine(self, shape, self.use_bias, mask)
     if mask is not None:
       kernel = kernel * mask
     if self.weight_norm:
       gain = self.param('gain', lambda _: jnp.log(convolution.channel_norm(kernel).reshape(-1) + 0.01))
       kernel = convolution.weight_norm(kernel, gain)
     y = convolution.convolve(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.depthwise)
-    if self.use_bias:
-      y = y + self.param('bias', uniform_fan_in(fan_in), shape[-1:]).astype(self.dtype)
-    return y
+    return y if bias is None else y + bias.astype(self.dtype)
 
 
-def dense(features: int, fan_in: int, dtype: Any = jnp.float32, name: str | None = None) -> nn.Dense:
-  """A dense layer with PyTorch's initial distribution."""
-  init = uniform_fan_in(fan_in)
-  return nn.Dense(features, dtype=dtype, kernel_init=init, bias_init=init, name=name)
+class Dense(nn.Module):
+  """x W + b, initialised as `Conv`.
+
+  Args:
+    features: outputs.
+    dtype: of the computation.
+  """
+
+  features: int
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    """[..., i] -> [..., features]."""
+    kernel, bias = affine(self, (x.shape[-1], self.features), True)
+    return x.astype(self.dtype) @ kernel.astype(self.dtype) + bias.astype(self.dtype)
 
 
 def batch_norm(train: bool, dtype: Any = jnp.float32) -> nn.BatchNorm:
@@ -108,5 +123,5 @@ class SqueezeExcite(nn.Module):
     """[n, h, w, c] -> [n, c] in (0, 1)."""
     channels = x.shape[-1]
     hidden = max(channels // 16, 4)
-    h = nn.relu(dense(hidden, channels, self.dtype, 'squeeze')(x.mean((1, 2))))
-    return nn.sigmoid(dense(channels, hidden, self.dtype, 'excite')(h))
+    h = nn.relu(Dense(hidden, self.dtype, name='squeeze')(x.mean((1, 2))))
+    return nn.sigmoid(Dense(channels, self.dtype, name='excite')(h))

@@ -73,8 +73,17 @@ class Run:
     raw = self.data['train'].take(np.zeros(self.settings.batch_size, np.int64))
     return jax.tree.map(lambda x: np.asarray(x), raw)
 
+  @functools.cached_property
+  def _abstract(self) -> dict[str, TrainState]:
+    return {}
+
   def abstract(self, stage: Stage) -> TrainState:
     """The state of a stage as shapes with shardings; allocates nothing."""
+    if stage.name not in self._abstract:
+      self._abstract[stage.name] = self._shapes(stage)
+    return self._abstract[stage.name]
+
+  def _shapes(self, stage: Stage) -> TrainState:
     build = functools.partial(stepping.init_state, stage, self.preprocess)
     shapes = jax.eval_shape(build, self.root, self.example())
     placed = sharding.shardings(shapes, self.mesh, self.settings.rules, self.settings.min_shard_size)

@@ -1,0 +1,264 @@
+"""The command line: what it refuses, and whole runs of it."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from latentgen import main as command
+from latentgen.errors import UserError
+
+ROOT = pathlib.Path(__file__).parents[1]
+NCE = str(ROOT / 'experiments' / 'vae_nce.py') + ':smoke'
+
+
+def run(*args, **kwargs):
+  env = {**os.environ, 'PYTHONPATH': str(ROOT / 'src'), **kwargs.pop('env', {})}
+  return subprocess.run(
+    [sys.executable, '-m', 'latentgen.main', *args], capture_output=True, text=True, timeout=600, cwd=ROOT, env=env, **kwargs
+  )
+
+
+def snapshot(folder):
+  return {p.relative_to(folder): p.stat().st_mtime_ns for p in folder.rglob('*')}
+
+
+# ---------------------------------------------------------------------------------------------- bad input
+
+BAD = [
+  (['--config.data.batchsize=3'], 'config.data.batchsize does not exist; did you mean config.data.batch_size?'),
+  (['--config.stages.vae.stepz=3'], 'did you mean config.stages.vae.steps?'),
+  (['--config.stages.vae.steps=many'], "config.stages.vae.steps is int"),
+  (['--config.stages.vae.steps=1.5'], "config.stages.vae.steps is int"),
+  (['--config.stages.vae=3'], 'config.stages.vae is a section'),
+  (['--config.stages.vae.steps=0'], 'config.stages.vae.steps is 0'),
+  (['--config.stages.vae.steps=-1'], 'config.stages.vae.steps is -1'),
+  (['--config.stages.vae.optim.vae.learning_rate=-1.0'], 'config.stages.vae.optim.vae.learning_rate is -1.0'),
+  (['--config.stages.vae.optim.vae.name=adm'], "is no optimiser of optax; did you mean 'adam'?"),
+  (['--config.evaluate.likelihood.samples=0'], 'config.evaluate.likelihood.samples'),
+  (["--config.evaluate.tasks=('likelyhood',)"], 'likelyhood'),
+  (['--config.stages.nce.method.proposals=0'], 'method.proposals is 0'),
+  (['--config.stages.nce.method.coordinates=w'], "method.coordinates is 'w'"),
+  (["--config.recipe=('nce',)"], 'config.stages.nce.load.decoder names stage'),
+  (["--config.recipe=('vae','nse')"], "names stage 'nse'; did you mean 'nce'?"),
+  (['--config.data.name=digitz'], "did you mean 'digits'?"),
+  (['--config.data.batch_size=0'], 'config.data.batch_size is 0'),
+  (['--config.data.batch_size=5000'], 'config.data.batch_size'),
+  (['--config.model.name=vay'], "did you mean 'vae'?"),
+  (['--config.model.likelihood=poisson'], 'poisson'),
+  (['--config.mesh.fsdp=3'], 'config.mesh.fsdp is 3'),
+  (['--config.seed=x'], 'config.seed is int'),
+  (['--mode=trane'], 'invalid choice'),
+  (['--confg=x'], 'unknown flag --confg; did you mean'),
+  (['--num=0', '--mode=sample'], '--num is 0'),
+  (['--mode=evaluate'], 'holds no run'),
+  (['--sweep=x'], 'defines no sweep'),
+  (['stray'], 'stray'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize('args, message', BAD, ids=[' '.join(a) for a, _ in BAD])
+def test_bad_input_is_one_line_that_names_the_key_and_touches_nothing(tmp_path, args, message):
+  workdir = tmp_path / 'run'
+  with pytest.raises(UserError) as error:
+    command.main([f'--config={NCE}', f'--workdir={workdir}', *args])
+  assert message in str(error.value) and '\n' not in str(error.value)
+  assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+  'spec, message',
+  [
+    ('experiments/vae_nce.py:smok', "has no variant 'smok'; did you mean 'smoke'?"),
+    ('experiments/vae_nces.py', "there is no file 'experiments/vae_nces.py'; did you mean 'experiments/vae_nce.py'?"),
+    ('Makefile', 'not a Python file'),
+  ],
+)
+def test_bad_config_files(monkeypatch, spec, message):
+  monkeypatch.chdir(ROOT)
+  with pytest.raises(UserError) as error:
+    command.main([f'--config={spec}'])
+  assert message in str(error.value)
+
+
+def test_broken_config_file_says_what_is_broken(tmp_path):
+  for text, message in (('x = 1/0', 'ZeroDivisionError'), ('x = 1', 'defines no get_config'), ('def', 'SyntaxError')):
+    (tmp_path / 'broken.py').write_text(text)
+    with pytest.raises(UserError, match=message):
+      command.main([f'--config={tmp_path / "broken.py"}'])
+
+
+def test_damaged_idx_files_and_empty_folders(tmp_path):
+  def refuse(*args):
+    with pytest.raises(UserError) as error:
+      command.main([f'--config={NCE}', f'--workdir={tmp_path / "run"}', '--mode=train', *args])
+    assert not (tmp_path / 'run').exists()
+    return str(error.value)
+
+  experiment = tmp_path / 'files.py'
+  experiment.write_text(
+    'import sys\nsys.path.insert(0, %r)\nimport vae_nce\nVARIANTS = ("smoke",)\n'
+    'def get_config(variant):\n  c = vae_nce.get_config("smoke")\n'
+    '  with c.unlocked():\n    c.data = dict(name="idx", path=%r, batch_size=2)\n  return c\n'
+    % (str(ROOT / 'experiments'), str(tmp_path / 'data'))
+  )
+  args = [f'--config={experiment}']
+  (tmp_path / 'data').mkdir()
+  assert str(tmp_path / 'data') in refuse(*args)
+  images = np.zeros((4, 8, 8), np.uint8)
+  good = b'\0\0\x08\x03' + b''.join(n.to_bytes(4, 'big') for n in images.shape) + images.tobytes()
+  for name in ('train', 't10k'):
+    (tmp_path / 'data' / f'{name}-images-idx3-ubyte').write_bytes(good)
+    (tmp_path / 'data' / f'{name}-labels-idx1-ubyte').write_bytes(b'\0\0\x08\x01\0\0\0\x04' + bytes(4))
+  path = tmp_path / 'data' / 'train-images-idx3-ubyte'
+  for bad in (good[:-5], b'\1\2\x08\x03' + good[4:]):
+    path.write_bytes(bad)
+    assert path.name in refuse(*args)
+  experiment.write_text(experiment.read_text().replace('"idx"', '"folder"'))
+  for p in (tmp_path / 'data').iterdir():
+    p.unlink()
+  assert str(tmp_path / 'data') in refuse(*args)
+
+
+def test_exit_status_and_no_traceback():
+  done = run(f'--config={NCE}', '--config.stages.vae.stepz=3')
+  assert done.returncode == 2
+  assert done.stderr.count('\n') == 1 and done.stderr.startswith('latentgen: config.stages.vae.stepz')
+  assert done.stdout == ''
+
+
+def test_workdir_that_cannot_be_written(tmp_path):
+  (tmp_path / 'file').write_text('')
+  for place, message in ((tmp_path / 'file', 'is a file'), (pathlib.Path('/proc/latentgen'), 'cannot be written')):
+    with pytest.raises(UserError, match=message):
+      command.main([f'--config={NCE}', f'--workdir={place}'])
+
+
+# ---------------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+  """A finished smoke run of the main job."""
+  workdir = tmp_path_factory.mktemp('runs') / 'finished'
+  done = run(f'--config={NCE}', f'--workdir={workdir}')
+  assert done.returncode == 0, done.stderr
+  return workdir, done
+
+
+@pytest.mark.slow
+def test_a_run_leaves_what_it_promises(finished):
+  workdir, done = finished
+  assert 'report.html' in done.stderr.splitlines()[-1]
+  described = json.loads((workdir / 'config.json').read_text())
+  assert described['experiment'] == 'vae_nce' and described['variant'] == 'smoke' and 'jax' in described['versions']
+  results = json.loads((workdir / 'results.json').read_text())
+  assert {'value', 'unit', 'n', 'stderr'} <= set(results['likelihood/elbo'])
+  assert {'two_sample/sir/auroc', 'two_sample/base/auroc', 'two_sample/langevin/auroc'} <= set(results)
+  rows = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+  assert [(r['stage'], r['step']) for r in rows if r['split'] == 'train'] == [('vae', 1), ('vae', 2), ('nce', 1), ('nce', 2)]
+  assert list((workdir / 'samples' / 'nce').glob('*.png')) and list((workdir / 'tensorboard' / 'vae').iterdir())
+  page = (workdir / 'report.html').read_text()
+  assert 'http://' not in page.replace('http://www.w3.org', '') and 'https://' not in page
+  assert '--config=' in page
+
+
+@pytest.mark.slow
+def test_evaluate_again_gives_the_same_results(finished):
+  workdir, _ = finished
+  before = (workdir / 'results.json').read_text(), (workdir / 'report.html').read_bytes()
+  assert run(f'--config={NCE}', f'--workdir={workdir}', '--mode=evaluate').returncode == 0
+  assert before == ((workdir / 'results.json').read_text(), (workdir / 'report.html').read_bytes())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('sampler', ['sir', 'langevin', 'base'])
+def test_sample_mode(finished, sampler):
+  workdir, _ = finished
+  args = (f'--config={NCE}', f'--workdir={workdir}', '--mode=sample', f'--sampler={sampler}', '--num=11')
+  assert run(*args).returncode == 0
+  folder = workdir / 'samples' / 'nce'
+  with np.load(folder / f'drawn-{sampler}.npz', allow_pickle=False) as found:
+    assert found['images'].shape == (11, 8, 8, 1)
+  assert (folder / f'drawn-{sampler}.png').stat().st_size > 100
+
+
+@pytest.mark.slow
+def test_unknown_sampler_and_another_experiments_workdir(finished):
+  workdir, _ = finished
+  before = snapshot(workdir)
+  for args, message in (
+    ((f'--config={NCE}', '--mode=sample', '--sampler=gibbs'), 'sir, langevin, base'),
+    ((f'--config={NCE.replace("vae_nce", "nvae")}',), 'holds experiment vae_nce:smoke, not nvae:smoke'),
+    ((f'--config={NCE}', '--config.seed=5'), 'was made with config.seed = 0, not 5'),
+  ):
+    done = run(*args, f'--workdir={workdir}')
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count('\n') == 1
+  assert snapshot(workdir) == before
+
+
+@pytest.mark.slow
+def test_estimate_prints_and_writes_nothing(tmp_path):
+  done = run(f'--config={NCE}', f'--workdir={tmp_path / "run"}', '--mode=estimate')
+  assert done.returncode == 0 and not (tmp_path / 'run').exists()
+  assert 'parameters of critic' in done.stdout and 'FLOPs a step' in done.stdout
+
+
+@pytest.mark.slow
+def test_truncated_checkpoint_is_refused_and_left_alone(finished, tmp_path):
+  import shutil
+
+  workdir = tmp_path / 'copy'
+  shutil.copytree(finished[0], workdir)
+  for path in (workdir / 'checkpoints' / 'nce' / '2' / 'state').rglob('*'):
+    if path.is_file():
+      path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+  before = snapshot(workdir / 'checkpoints')
+  done = run(f'--config={NCE}', f'--workdir={workdir}', '--mode=evaluate')
+  assert done.returncode == 2 and 'checkpoint' in done.stderr and done.stderr.count('\n') == 1
+  assert snapshot(workdir / 'checkpoints') == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('stage', ['vae', 'nce'])
+def test_killed_run_ends_like_an_undisturbed_one_to_the_bit(tmp_path, stage):
+  experiment = tmp_path / 'long.py'
+  experiment.write_text(
+    'import sys\nsys.path.insert(0, %r)\nimport vae_nce\nVARIANTS = ("smoke",)\n'
+    'def get_config(variant):\n  c = vae_nce.get_config("smoke")\n'
+    '  c.stages.vae.steps = c.stages.nce.steps = 40\n  c.train.checkpoint_every_steps = 7\n'
+    '  likelihood, samples = dict(c.evaluate.likelihood), dict(c.evaluate.samples)\n'
+    '  with c.unlocked():\n    c.evaluate = dict(tasks=("likelihood", "samples"), likelihood=likelihood, samples=samples)\n'
+    '  return c\n' % str(ROOT / 'experiments')
+  )
+  args = [f'--config={experiment}:smoke']
+  whole, killed = tmp_path / 'whole', tmp_path / 'killed'
+  assert run(*args, f'--workdir={whole}').returncode == 0
+  env = {**os.environ, 'PYTHONPATH': str(ROOT / 'src')}
+  process = subprocess.Popen(
+    [sys.executable, '-m', 'latentgen.main', *args, f'--workdir={killed}'], cwd=ROOT, env=env, stderr=subprocess.DEVNULL
+  )
+  seen = killed / 'metrics.jsonl'
+  deadline = time.time() + 300
+  while time.time() < deadline and process.poll() is None:
+    if seen.exists() and sum(f'"stage": "{stage}"' in line for line in seen.read_text().splitlines()) >= 11:
+      process.send_signal(signal.SIGKILL)
+      break
+    time.sleep(0.005)
+  assert process.wait() == -signal.SIGKILL, 'the run ended before it could be killed'
+  again = run(*args, f'--workdir={killed}')
+  assert again.returncode == 0, again.stderr
+  if stage == 'nce':
+    assert 'vae: resuming' not in again.stderr
+  for name in ('metrics.jsonl', 'results.json'):
+    assert (whole / name).read_text() == (killed / name).read_text()
+  images = sorted(p.relative_to(whole) for p in (whole / 'samples').rglob('*.png'))
+  assert images
+  for image in images:
+    assert (whole / image).read_bytes() == (killed / image).read_bytes()

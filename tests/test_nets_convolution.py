@@ -1,0 +1,106 @@
+"""Convolutions with their own gradients against XLA's."""
+
+import itertools
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from latentgen.nets import convolution
+
+CASES = [
+  (size, kernel, stride)
+  for size, kernel, stride in itertools.product(((6, 6), (7, 5)), (1, 3, 5), (1, 2))
+  if (size, kernel) != ((7, 5), 5) or stride == 2
+]
+
+
+def reference(x, kernel, stride=1, groups=1):
+  p = (kernel.shape[0] - 1) // 2
+  return lax.conv_general_dilated(
+    x, kernel, (stride, stride), ((p, p), (p, p)), dimension_numbers=('NHWC', 'HWIO', 'NHWC'), feature_group_count=groups
+  )
+
+
+def value_and_gradients(f, x, kernel):
+  y, pull = jax.vjp(f, x, kernel)
+  weights = jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)
+  return y, *pull(weights)
+
+
+@pytest.mark.parametrize(('size', 'kernel', 'stride'), CASES)
+def test_dense(size, kernel, stride):
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.normal(size=(3, *size, 2)), jnp.float32)
+  w = jnp.asarray(rng.normal(size=(kernel, kernel, 2, 4)), jnp.float32)
+
+  def ours(x, w):
+    with convolution.implementation('custom'):
+      return convolution.convolve(x, w, stride)
+
+  got = value_and_gradients(ours, x, w)
+  want = value_and_gradients(lambda x, w: reference(x, w, stride), x, w)
+  for a, b in zip(got, want, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(('size', 'kernel'), [((6, 6), 5), ((7, 5), 3), ((2, 3), 5), ((1, 1), 5)])
+def test_depthwise(size, kernel):
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.normal(size=(2, *size, 3)), jnp.float32)
+  w = jnp.asarray(rng.normal(size=(kernel, kernel, 1, 3)), jnp.float32)
+
+  def ours(x, w):
+    with convolution.implementation('custom'):
+      return convolution.convolve(x, w, depthwise=True)
+
+  got = value_and_gradients(ours, x, w)
+  want = value_and_gradients(lambda x, w: reference(x, w, groups=3), x, w)
+  for a, b in zip(got, want, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4)
+
+
+def test_implementation_follows_the_backend_and_the_override():
+  x, w = jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 2))
+
+  def traced():
+    return str(jax.make_jaxpr(lambda x, w: convolution.convolve(x, w))(x, w))
+
+  assert ('custom_vjp' in traced()) == (jax.default_backend() == 'cpu')
+  with convolution.implementation('native'):
+    assert 'custom_vjp' not in traced()
+  with convolution.implementation('custom'):
+    assert 'custom_vjp' in traced()
+  with pytest.raises(ValueError, match='native'), convolution.implementation('fast'):
+    pass
+
+
+def test_half_precision_keeps_its_type():
+  x, w = jnp.ones((1, 4, 4, 2), jnp.bfloat16), jnp.ones((3, 3, 2, 2), jnp.bfloat16)
+  with convolution.implementation('custom'):
+    y, pull = jax.vjp(lambda x, w: convolution.convolve(x, w, 2), x, w)
+    assert {a.dtype for a in (y, *pull(y))} == {jnp.dtype('bfloat16')}
+
+
+def test_weight_norm_has_finite_gradients_at_zero():
+  kernel = jnp.zeros((3, 3, 2, 4)).at[..., 0].set(0.5)
+  gain = jnp.log(jnp.asarray([2.0, 1.0, 1.0, 1.0]))
+  w = convolution.weight_norm(kernel, gain)
+  np.testing.assert_allclose(jnp.linalg.norm(w[..., 0]), 2.0, rtol=1e-4)
+  grads = jax.grad(lambda k, g: convolution.weight_norm(k, g).sum(), (0, 1))(kernel, gain)
+  assert all(np.isfinite(g).all() for g in grads)
+  stacked = convolution.weight_norm(jnp.stack([kernel, 2 * kernel]), jnp.stack([gain, gain]))
+  np.testing.assert_allclose(stacked[0], w, rtol=1e-5)
+
+
+def test_bilinear_upsample_aligns_corners():
+  got = convolution.bilinear_upsample(jnp.asarray([0.0, 3.0, 9.0]).reshape(1, 1, 3, 1))[0, :, :, 0]
+  want = np.interp(np.linspace(0, 2, 6), [0, 1, 2], [0.0, 3.0, 9.0])
+  np.testing.assert_allclose(got, np.stack([want, want]), rtol=1e-6)
+
+
+def test_nearest_upsample():
+  got = convolution.nearest_upsample(jnp.arange(4.0).reshape(1, 2, 2, 1))[0, :, :, 0]
+  np.testing.assert_array_equal(got, [[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3], [2, 2, 3, 3]])
