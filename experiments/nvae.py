@@ -2,7 +2,7 @@
 
 Paper      Vahdat, Kautz, "NVAE: A Deep Hierarchical Variational Autoencoder", NeurIPS 2020, arXiv 2007.03898.
 Command    python -m latentgen.main --config=experiments/nvae.py
-Default    scikit-learn's 8x8 digits at 4 bits, two scales of 2 and 3 groups; minutes on two CPU cores.
+Default    scikit-learn's 8x8 digits at 4 bits, two scales of two groups; minutes on two CPU cores.
 Variants   :smoke (seconds)  :mnist  :cifar10  :imagenet32  :celeba64  :celebahq256  :ffhq256
            with the paper's architecture, batch, epochs and weights (parameter counts: tests/test_nets_nvae.py). Their data come
            from tensorflow-datasets, prepared once; FFHQ from a folder: --config.data.path=DIR.
@@ -62,8 +62,8 @@ PUBLISHED = dict(
 
 PAPER = dict(
   mnist=[dict(name='MNIST, nats', paper=78.01, ours='likelihood/iwae', note='negative log-likelihood, K = 1000')],
-  cifar10=[dict(name='CIFAR-10, bits/dim', paper=2.91, ours='likelihood/iwae_bits', note='with flows')],
-  celebahq256=[dict(name='CelebA-HQ 256, 5 bits, bits/dim', paper=0.70, ours='likelihood/iwae_bits', note='with flows')],
+  cifar10=[dict(name='CIFAR-10, bits/dim', paper=2.91, ours='likelihood/iwae_bits_per_dim', note='with flows')],
+  celebahq256=[dict(name='CelebA-HQ 256, 5 bits, bits/dim', paper=0.70, ours='likelihood/iwae_bits_per_dim', note='with flows')],
 )
 
 
@@ -103,9 +103,9 @@ def base(data: dict, model: dict, steps: int, warmup: int, spectral: tuple, rate
 
 def digits() -> ConfigDict:
   model = dict(
-    groups=(2, 3), latent=4, channels=16, pre_blocks=0, cells_encoder=1, cells_decoder=1, likelihood='dmol', mixtures=3, bits=4,
+    groups=(2, 2), latent=4, channels=12, pre_blocks=0, cells_encoder=1, cells_decoder=1, likelihood='dmol', mixtures=3, bits=4,
   )  # fmt: skip
-  config = base(dict(name='digits', batch_size=64, bits=4), model, 2500, 100, (1e-2, 1e-2), 1e-2)
+  config = base(dict(name='digits', batch_size=64, bits=4), model, 2000, 100, (1e-2, 1e-2), 1e-2)
   config.train.checkpoint_every_steps = 250
   config.evaluate.likelihood.samples = 200
   return config

@@ -75,7 +75,12 @@ def subject(n=13, batch_size=5, **options):
   images = np.random.default_rng(1).integers(0, 256, (n, SIDE, SIDE, 1)).astype(np.uint8)
   preprocess = lambda key, batch, train: {**batch, 'image': batch['image'].astype(jnp.float32) / 255}
   return Subject(
-    Linear(**options), {'params': {}, 'stats': {}}, {'test': ArraySource(images)}, preprocess, jax.random.key(0), batch_size
+    method=Linear(**options),
+    variables={'params': {}, 'stats': {}},
+    data={'test': ArraySource(images)},
+    preprocess=preprocess,
+    key=jax.random.key(0),
+    batch_size=batch_size,
   )
 
 
@@ -145,7 +150,8 @@ def test_padding_counts_for_nothing():
     assert padded[name].n == 13
     assert padded[name].value == pytest.approx(whole[name].value, rel=1e-5)
     assert padded[name].stderr == pytest.approx(whole[name].stderr, rel=1e-4)
-  limited = run_all(subject(n=13, batch_size=5, shift=0.0, widen=1.0), {'likelihood': {'samples': 3, 'limit': 7}}).results
+  limited = subject(n=13, batch_size=5, shift=0.0, widen=1.0)
+  limited = run_all(limited, {'likelihood': {'samples': 3, 'limit': 7}}).results
   expected = exact(images(subject())[:7]).mean()
   assert limited['likelihood/iwae'].value == pytest.approx(expected, abs=1e-4) and limited['likelihood/iwae'].n == 7
 

@@ -27,7 +27,8 @@ def per_level(values, groups):
 class Toy:
   """All three groups are N(0, I) under the base prior and N(SHIFT, I) under the posterior of every image.
 
-  The decoder writes the latents into the image: pixel (l, d) is sigmoid(z_l,d), all others 1/2; group 0 of level 1 is row 1.
+  The decoder writes the latents into the image: pixel (l, d) is sigmoid(z_l,d), all others 1/2; group 0 of level 1 is
+  row 1.
   The sampler 'learned' draws from the aggregate posterior. Critics are exact, times `factor`.
   """
 
@@ -55,7 +56,8 @@ class Toy:
     for level, groups in enumerate(GROUPS):
       def step(carry, g, level=level):
         prior = Normal(jnp.zeros((n, WIDTH)), temperature)
-        return carry, shift + choose(level, g, prior, jnp.zeros((n, 1)), jax.random.fold_in(jax.random.fold_in(key, level), g))
+        mine = jax.random.fold_in(jax.random.fold_in(key, level), g)
+        return carry, shift + choose(level, g, prior, jnp.zeros((n, 1)), mine)
       found += list(jax.lax.scan(step, 0, jnp.arange(groups))[1])
     return self._trace(jnp.stack(found)[:, None])
 
@@ -129,7 +131,8 @@ def test_frechet_prefers_the_sampler_that_is_nearer():
 
 def test_features_without_labels_are_named_after_what_they_are():
   results = run_all(subject(labels=False), {'frechet': {'components': 4, 'repeats': 5}}).results
-  assert set(results) == {f'{kind}_pca/{name}' for kind in ('frechet', 'kernel') for name in ('real', 'base', 'learned')}
+  names = ('real', 'base', 'learned')
+  assert set(results) == {f'{kind}_pca/{name}' for kind in ('frechet', 'kernel') for name in names}
 
 
 def test_real_images_stay_grey_under_fresh_binarisation():
@@ -156,12 +159,13 @@ def test_calibration_of_exact_and_of_overconfident_critics():
   doubled = run_all(subject(n=3000, batch_size=1000, factor=2.0), {'calibration': {'repeats': 10}}).results
   results = exact.results
   assert results['calibration/ece'].value < 0.02 < 0.05 < doubled['calibration/ece'].value
-  assert {f'calibration/level1/group{j}/{what}' for j in range(2) for what in ('ece', 'accuracy', 'nce')} <= set(results)
+  names = ('ece', 'accuracy', 'nce')
+  assert {f'calibration/level1/group{j}/{name}' for j in range(2) for name in names} <= set(results)
   # Two unit normals at distance d, equal odds: the best accuracy is Phi(d / 2).
   best = scipy.stats.norm.cdf(SHIFT * math.sqrt(WIDTH) / 2)
   accuracy = results['calibration/level0/group0/accuracy']
   assert abs(accuracy.value - best) < 4 * accuracy.stderr
-  assert results['calibration/nce'].value < 2 * math.log(2) and results['calibration/nce'].value < doubled['calibration/nce'].value
+  assert results['calibration/nce'].value < min(2 * math.log(2), doubled['calibration/nce'].value)
   assert exact.images['calibration'].array.dtype == np.uint8
 
 

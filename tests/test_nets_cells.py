@@ -101,7 +101,7 @@ def test_upsampling_cell_repeats_pixels_first():
   variables = init(up, X)
   ours, stats = up.apply(variables, X, mutable=['batch_stats'])
   skip = cells.Upsample(4).apply({'params': variables['params']['skip']}, X)
-  branch = {'params': {k: v for k, v in variables['params'].items() if k != 'skip'}, 'batch_stats': variables['batch_stats']}
+  branch = variables | {'params': {k: v for k, v in variables['params'].items() if k != 'skip'}}
 
   theirs, want = flat.apply(branch, nearest_upsample(X), mutable=['batch_stats'], method='branch')
   np.testing.assert_allclose(ours - skip, 0.1 * theirs, rtol=1e-3, atol=1e-5)
@@ -114,7 +114,8 @@ def test_upsampling_cell_repeats_pixels_first():
 def jacobian(module, variables, shape):
   z = jnp.asarray(np.random.default_rng(3).normal(size=shape), jnp.float32)
   size = int(np.prod(shape))
-  return np.asarray(jax.jit(jax.jacrev(lambda v: module.apply(variables, v.reshape(1, *shape)).reshape(size)))(z.reshape(size)))
+  flow = jax.jit(jax.jacrev(lambda v: module.apply(variables, v.reshape(1, *shape)).reshape(size)))
+  return np.asarray(flow(z.reshape(size)))
 
 
 @pytest.mark.parametrize('mirror', [False, True])

@@ -19,8 +19,9 @@ CASES = [
 
 def reference(x, kernel, stride=1, groups=1):
   p = (kernel.shape[0] - 1) // 2
+  layout = ('NHWC', 'HWIO', 'NHWC')
   return lax.conv_general_dilated(
-    x, kernel, (stride, stride), ((p, p), (p, p)), dimension_numbers=('NHWC', 'HWIO', 'NHWC'), feature_group_count=groups
+    x, kernel, (stride, stride), ((p, p), (p, p)), dimension_numbers=layout, feature_group_count=groups
   )
 
 

@@ -26,7 +26,8 @@ def linear():
   params = {'encoder': {'head': encoder}, 'decoder': {'head': {'kernel': w, 'bias': b}}}
   exact = stats.multivariate_normal(b, w.T @ w + SIGMA**2 * np.eye(4)).logpdf(x)
   net = vae.build((2, 2, 1), latent=2, hidden=(), likelihood='normal', scale=SIGMA)
-  return net, jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params), x.reshape(3, 2, 2, 1).astype(np.float32), exact
+  params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
+  return net, params, x.reshape(3, 2, 2, 1).astype(np.float32), exact
 
 
 def test_many_samples_recover_the_exact_likelihood():
@@ -51,14 +52,15 @@ def test_many_samples_recover_the_exact_likelihood():
 def test_closed_form_kl_and_log_prob():
   net, params, x, _ = linear()
   trace = net.apply({'params': params}, x, k=2, rngs={'sample': jax.random.key(0)})
-  raw = x.reshape(3, 4) @ np.asarray(params['encoder']['head']['kernel']) + np.asarray(params['encoder']['head']['bias'])
+  head, out = (jax.tree.map(np.asarray, params[name]['head']) for name in ('encoder', 'decoder'))
+  raw = x.reshape(3, 4) @ head['kernel'] + head['bias']
   loc, scale = raw[:, :2], np.exp(raw[:, 2:])
   np.testing.assert_allclose(trace.kl[0][0, 0], (0.5 * (loc**2 + scale**2 - 1) - np.log(scale)).sum(1), rtol=1e-4)
   z = np.asarray(trace.z[0][0])
   np.testing.assert_allclose(trace.log_q[0][0], stats.norm(loc, scale).logpdf(z).sum(-1), rtol=1e-4)
   np.testing.assert_allclose(trace.log_p[0][0], stats.norm.logpdf(z).sum(-1), rtol=1e-4)
   np.testing.assert_array_equal(trace.eps[0], trace.z[0])
-  mean = z @ np.asarray(params['decoder']['head']['kernel']) + np.asarray(params['decoder']['head']['bias'])
+  mean = z @ out['kernel'] + out['bias']
   want = stats.norm(mean, SIGMA).logpdf(x.reshape(3, 4)).sum(-1)
   np.testing.assert_allclose(trace.log_px, want, rtol=1e-4)
 
@@ -76,7 +78,8 @@ def test_closed_form_kl_and_log_prob():
 def test_shapes(likelihood, conv, scale):
   channels = 3 if likelihood == 'dmol' else 1
   shape = (5, 6, channels)
-  net = vae.build(shape, latent=3, hidden=(4, 6), conv=conv, likelihood=likelihood, scale=scale, mixtures=2, dtype='bfloat16')
+  options = dict(likelihood=likelihood, scale=scale, mixtures=2, dtype='bfloat16')
+  net = vae.build(shape, latent=3, hidden=(4, 6), conv=conv, **options)
   x = jnp.zeros((2, *shape))
 
   def run():

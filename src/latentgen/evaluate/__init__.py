@@ -15,7 +15,7 @@ from typing import Any
 import threadpoolctl  # comes with scikit-learn
 
 from latentgen.errors import UserError
-from latentgen.evaluate.base import Findings, Picture, Result, Subject, named_key, near
+from latentgen.evaluate.base import Findings, Picture, Result, Subject, check_count, named_key, near
 from latentgen.evaluate.writing import write_pictures, write_results
 
 __all__ = ['Findings', 'Picture', 'Result', 'Subject', 'check_tasks', 'run_all', 'write_pictures', 'write_results']
@@ -49,10 +49,14 @@ def check_tasks(tasks: Mapping[str, Mapping[str, Any]]) -> None:
     UserError: naming the key and what comes close to it.
   """
   for task, options in tasks.items():
-    known = list(inspect.signature(task_module(task).run).parameters)[1:]
-    for option in options or {}:
+    parameters = inspect.signature(task_module(task).run).parameters
+    known = list(parameters)[1:]
+    for option, value in (options or {}).items():
+      key = f'config.evaluate.{task}.{option}'
       if option not in known:
-        raise UserError(f'config.evaluate.{task}.{option}: unknown option{near(option, known)}')
+        raise UserError(f'{key}: unknown option{near(option, known)}')
+      if type(parameters[option].default) is int and value is not None:  # all whole numbers here are counts
+        check_count(key, value)
 
 
 def run_all(subject: Subject, tasks: Mapping[str, Mapping[str, Any]]) -> Findings:

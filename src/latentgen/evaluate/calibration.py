@@ -1,11 +1,11 @@
 """Are the critics' log-odds the log-ratios they stand for? Reliability on held-out images, one curve a group.
 
-A tilted prior p(z) r(z) / Z takes r from the logits of a classifier between posterior and prior samples; r is the density
-ratio exactly where the classifier's probabilities are calibrated.
+A tilted prior p(z) r(z) / Z takes r from the logits of a classifier between posterior and prior samples; r is the
+density ratio exactly where the classifier's probabilities are calibrated.
 
 References:
-  J. Aneja, A. Schwing, J. Kautz, A. Vahdat, A contrastive learning approach for training variational autoencoder priors,
-  2021, arXiv 2010.02917.
+  J. Aneja, A. Schwing, J. Kautz, A. Vahdat, A contrastive learning approach for training variational autoencoder
+  priors, 2021, arXiv 2010.02917.
 """
 
 import math
@@ -35,9 +35,10 @@ def run(
     repeats: bootstrap draws, over images, of the calibration error's standard error.
 
   Returns:
-    calibration/level<i>/group<j>/ece, /accuracy, /nce for every group, calibration/ece, /accuracy for all groups pooled, and
-    calibration/nce, the mean over groups. ece: expected calibration error, biased upwards by about sqrt(bins / n). nce
-    [nats]: sum of the two mean cross-entropies; chance is 2 log 2 = 1.386. Picture: the reliability curves.
+    calibration/level<i>/group<j>/ece, /accuracy, /nce for every group, calibration/ece, /accuracy for all groups
+    pooled, and calibration/nce, the mean over groups. ece: expected calibration error, biased upwards by about
+    sqrt(bins / n). nce [nats]: sum of the two mean cross-entropies; chance is 2 log 2 = 1.386. Picture: the
+    reliability curves.
 
   Raises:
     UserError: if the method has no `logits`, or for a bad value.
@@ -69,9 +70,9 @@ def run(
   findings.images['calibration'] = Picture(
     _picture(curves),
     'Calibration of the critics',
-    f'Share of posterior samples among those given a probability, on {n} held-out images; on the diagonal the logit is the '
-    f'log-ratio. Line in bold: all {len(groups)} groups. Below: how many samples got which probability. Mean NCE loss '
-    f'{whole:.3f} nats, chance {CHANCE:.3f}.',
+    f'Share of posterior samples among those given a probability, on {n} held-out images; on the diagonal the logit is '
+    f'the log-ratio. Line in bold: all {len(groups)} groups. Below: how many samples got which probability. Mean NCE
+    loss ' f'{whole:.3f} nats, chance {CHANCE:.3f}.',
   )
   return findings
 

@@ -18,9 +18,9 @@ DRAWS = 8  # of the dequantisation noise, when it is averaged out
 def grey_images(subject: Subject, task: str, split: str, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
   """The images of a split without the noise of preprocessing, E[preprocess(image)], and their labels.
 
-  A sampler gives decoder means, which are grey; freshly binarised images would differ from any of them by their noise alone.
-  So stochastic binarisation is replaced by the probabilities it draws from, x / 255; dequantisation noise is averaged out;
-  preprocessing without noise is kept as it is.
+  A sampler gives decoder means, which are grey; freshly binarised images would differ from any of them by their noise
+  alone. So stochastic binarisation is replaced by the probabilities it draws from, x / 255; dequantisation noise is
+  averaged out; preprocessing without noise is kept as it is.
 
   Args:
     subject: what is evaluated.
@@ -82,7 +82,8 @@ def classifier(
   sizes = (x.shape[1], *widths, classes)
   keys = jax.random.split(jax.random.fold_in(key, 0), len(sizes) - 1)
   weights = [
-    (jax.random.normal(k, (i, o)) * (2 / i) ** 0.5, jnp.zeros(o)) for k, i, o in zip(keys, sizes[:-1], sizes[1:], strict=True)
+    (jax.random.normal(k, (i, o)) * (2 / i) ** 0.5, jnp.zeros(o))
+    for k, i, o in zip(keys, sizes[:-1], sizes[1:], strict=True)
   ]
   optimiser = optax.adamw(optax.cosine_decay_schedule(2e-3, steps), weight_decay=1e-3)
 

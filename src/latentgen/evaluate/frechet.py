@@ -1,7 +1,7 @@
 """Distances between samples and test images on the features of a small classifier trained here.
 
-They order the samplers of one model on one data set, and nothing else. They are NOT the Fréchet Inception distance: other
-features, other scale; results are named after the features so that nobody takes one for the other.
+They order the samplers of one model on one data set, and nothing else. They are NOT the Fréchet Inception distance:
+other features, other scale; results are named after the features so that nobody takes one for the other.
 """
 
 from collections.abc import Sequence
@@ -37,8 +37,8 @@ def run(
 ) -> Findings:
   """Measures every sampler, and real training images as the floor.
 
-  Samples are decoder means; real images are grey values, not binarised afresh (`features.grey_images`). All sets have the
-  size of the test set, since the Fréchet distance depends on it.
+  Samples are decoder means; real images are grey values, not binarised afresh (`features.grey_images`). All sets have
+  the size of the test set, since the Fréchet distance depends on it.
 
   Args:
     subject: what is evaluated.
@@ -52,8 +52,9 @@ def run(
     components: principal components, where there are no labels.
 
   Returns:
-    frechet_small_classifier/<sampler> and kernel_small_classifier/<sampler>, <sampler> = real for training images; and the
-    classifier's accuracy on the reference, small_classifier/accuracy. Without labels: frechet_pca/..., kernel_pca/...
+    frechet_small_classifier/<sampler> and kernel_small_classifier/<sampler>, <sampler> = real for training images;
+    and the classifier's accuracy on the reference, small_classifier/accuracy. Without labels: frechet_pca/...,
+    kernel_pca/...
 
   Raises:
     UserError: for a bad value, naming the key.

@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 GAP = 127  # grey of gaps and empty places: visible beside both black and white images
 TILE = 48  # pixels that a tile should have in height
-HEADER = 18  # height of a panel's title
+HEADER = 22  # height of a panel's title
 
 
 def grid(images: np.ndarray, columns: int | None = None, scale: int | None = None, gap: int = 2) -> np.ndarray:
@@ -54,7 +54,7 @@ def beside(panels: dict[str, np.ndarray], space: int = 14) -> np.ndarray:
   height = max(a.shape[0] for a in arrays) + HEADER
   width = sum(a.shape[1] for a in arrays) + space * (len(arrays) - 1)
   canvas = Image.new('RGB', (width, height), 'white')
-  draw, font, left = ImageDraw.Draw(canvas), ImageFont.load_default(12), 0
+  draw, font, left = ImageDraw.Draw(canvas), ImageFont.load_default(15), 0
   for title, array in zip(panels, arrays, strict=True):
     while len(title) > 1 and draw.textlength(title, font=font) > array.shape[1]:
       title = title[:-1]

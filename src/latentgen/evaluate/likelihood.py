@@ -44,8 +44,8 @@ def run(
       kl/level<i>/group<j>  [nats]: the rate of one group;
       likelihood/active_groups: how many of those are above 0.01 nats, averaged over the images;
       likelihood/iwae  [nats]: log 1/K sum_k p(x, z_k) / q(z_k | x);
-      likelihood/elbo_bits_per_dim, /iwae_bits_per_dim: minus the bound / (ln 2 * h * w * c). For a continuous decoder on
-        [0, 1], this counts density on that interval: 8-bit tables lie log2(256) = 8 higher;
+      likelihood/elbo_bits_per_dim, /iwae_bits_per_dim: minus the bound / (ln 2 * h * w * c). For a continuous decoder
+        on [0, 1], this counts density on that interval: 8-bit tables lie log2(256) = 8 higher;
       likelihood/ess: effective sample size (sum w)^2 / sum w^2, between 1 and K;
       likelihood/samples: K.
 
@@ -85,7 +85,8 @@ def terms(trace, samples: int, chunk: int, elbo_samples: int = 1):
     elbo_samples: samples of the ELBO.
 
   Returns:
-    (variables, x [b, h, w, c], key) -> {'elbo', 'reconstruction', 'rate', 'iwae', 'ess', 'dims': [b], 'level<i>': [g, b]}.
+    (variables, x [b, h, w, c], key) -> {name: [b]} for elbo, reconstruction, rate, iwae, ess, dims, and
+    {'level<i>': [g, b]}.
   """
 
   def function(variables, x, key):

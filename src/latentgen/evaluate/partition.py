@@ -22,9 +22,9 @@ def run(
     factor: the second estimate uses factor * M.
 
   Returns:
-    partition/M<m>/level<i>/group<j>/log_z [nats] and /ess_fraction (effective sample size / M) of every group, for both m;
-    partition/M<m>/log_z, the sum over groups, and /ess_fraction, the mean; partition/log_z_gain, how much the sum rises from
-    M to factor * M: an estimate of the bias at M that is too small by a factor of about 1 - 1 / factor.
+    partition/M<m>/level<i>/group<j>/log_z [nats] and /ess_fraction (effective sample size / M) of every group, for
+    both m; partition/M<m>/log_z, the sum over groups, and /ess_fraction, the mean; partition/log_z_gain, how much the
+    sum rises from M to factor * M: an estimate of the bias at M that is too small by a factor of about 1 - 1 / factor.
 
   Raises:
     UserError: if the method has no `partition`, or for a bad value.

@@ -12,12 +12,13 @@ import re
 from typing import Any
 
 import jinja2
+from PIL import Image
 
 from latentgen.evaluate import charts
 from latentgen.evaluate.base import Result
 from latentgen.evaluate.writing import as_json, natural, replace_file
 
-META = ('overrides', 'versions', 'seed', 'mesh')  # of config.json, beside the config itself
+META = ('experiment', 'variant', 'overrides', 'seed', 'mesh', 'data', 'versions')  # of config.json, beside the config
 MAX_LINES = 8  # in one chart
 FIRST = 'before_after'
 
@@ -38,11 +39,11 @@ def write(
   Args:
     workdir: the run's directory; its name stands on the page, its path does not.
     config: what config.json holds, {'config', 'overrides', 'versions', 'seed', 'mesh'}, or a bare config.
-    header: docstring of the experiment: the first line is the title; from a line that starts with 'Deviations' or 'Where
-      this differs', the deviations from the paper.
+    header: docstring of the experiment: the first line is the title; from a line that starts with 'Deviations' or
+      'Where this differs', the deviations from the paper.
     results: {name: Result}, or {name: {'value', 'unit', 'n', 'stderr'}}.
-    pictures: [{'title', 'caption', 'path'}] as `write_pictures` returns them; paths absolute or below workdir. One whose file
-      is named before_after comes first.
+    pictures: [{'title', 'caption', 'path'}] as `write_pictures` returns them; paths absolute or below workdir. One
+      whose file is named before_after comes first.
     metrics: rows of metrics.jsonl: {'step', 'stage', 'split', name: number ...}.
     paper: the paper's numbers, rows {'name', 'paper', 'ours': a name in results, or a list of such names, 'note'}.
     command: what repeats the run.
@@ -56,7 +57,8 @@ def write(
   shown = [_inline(picture, workdir) for picture in pictures]
   lead = next((p for p in shown if p['stem'] == FIRST), None)
   settings = config['config'] if isinstance(config.get('config'), Mapping) else config
-  meta = {name: config[name] for name in META if settings is not config and name in config}
+  known = META if settings is not config else ()
+  meta = [(name, summary(config[name])) for name in known if config.get(name) not in (None, '', {})]
   environment = jinja2.Environment(
     loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent), undefined=jinja2.StrictUndefined,
     autoescape=True, trim_blocks=True, lstrip_blocks=True,
@@ -67,7 +69,7 @@ def write(
     run=workdir.name,
     about=about,
     deviations=deviations,
-    meta=flatten(meta),
+    meta=meta,
     settings=flatten(settings),
     lead=lead,
     pictures=[p for p in shown if p is not lead],
@@ -87,7 +89,8 @@ def write(
 def split_header(header: str) -> tuple[str, str, str]:
   """Experiment docstring -> (title, text, deviations from the paper)."""
   lines = (header or '').strip().splitlines()
-  start = next((i for i, line in enumerate(lines) if re.match(r'\W*(deviations|differences|where this differs)\b', line, re.I)), len(lines))
+  heading = re.compile(r'\W*(deviations|differences|where this differs)\b', re.I)
+  start = next((i for i, line in enumerate(lines) if heading.match(line)), len(lines))
   title = lines[0].strip().rstrip('.') if lines else ''
   return title, '\n'.join(lines[1:start]).strip(), '\n'.join(lines[start:]).strip()
 
@@ -97,14 +100,21 @@ def flatten(tree: Mapping[str, Any], prefix: str = '') -> list[tuple[str, str]]:
   rows = []
   for key in sorted(tree, key=str):
     value, name = tree[key], f'{prefix}{key}'
-    nested = isinstance(value, Mapping) and value
-    rows += flatten(value, f'{name}.') if nested else [(name, str(dict(value) if isinstance(value, Mapping) else value))]
+    rows += flatten(value, f'{name}.') if isinstance(value, Mapping) and value else [(name, str(value))]
   return rows
+
+
+def summary(value: Any) -> str:
+  """A mapping on one line, long hashes cut short."""
+  if not isinstance(value, Mapping):
+    return str(value)
+  short = re.compile('^([0-9a-f]{12})[0-9a-f]{28,}$')
+  return ', '.join(f'{name} {short.sub(lambda m: m[1], text)}' for name, text in flatten(value))
 
 
 def error(value: float | None) -> str:
   """A standard error with two digits."""
-  return '' if value is None else f'{value:.2g}' if value < 100 else f'{value:.0f}'
+  return '' if value is None else f'{value:#.2g}'.rstrip('.') if value < 100 else f'{value:.0f}'
 
 
 def number(value: float, stderr: float | None = None) -> str:
@@ -133,16 +143,19 @@ def beside(row: Mapping[str, Any], results: Mapping[str, Mapping]) -> dict:
   names = (names,) if isinstance(names, str) else names
   ours = [{'name': name, **results[name]} for name in names if name in results]
   missing = [name for name in names if name not in results]
-  return {'name': row['name'], 'paper': row.get('paper'), 'ours': ours, 'missing': missing, 'note': row.get('note') or ''}
+  found = {'name': row['name'], 'paper': row.get('paper'), 'note': row.get('note') or ''}
+  return {**found, 'ours': ours, 'missing': missing}
 
 
 # ---------------------------------------------------------------------------------------------- pictures
 
 
-def _inline(picture: Mapping[str, Any], workdir: pathlib.Path) -> dict[str, str]:
+def _inline(picture: Mapping[str, Any], workdir: pathlib.Path) -> dict[str, Any]:
   path = workdir / picture['path']
-  source = _data('image/png', path.read_bytes())
-  return {'title': picture['title'], 'caption': picture.get('caption', ''), 'source': source, 'stem': path.stem}
+  with Image.open(path) as image:
+    width, height = image.size
+  found = {'title': picture['title'], 'caption': picture.get('caption', ''), 'stem': path.stem}
+  return {**found, 'source': _data('image/png', path.read_bytes()), 'broad': width > 1.8 * height}
 
 
 def _data(kind: str, content: bytes) -> str:
@@ -157,7 +170,7 @@ def curves(metrics: Iterable[Mapping[str, Any]]) -> dict[str, list[dict[str, str
   series: dict[tuple[str, str], dict[str, list[tuple[float, float]]]] = {}
   for row in metrics:
     for name, value in row.items():
-      if name in ('step', 'stage', 'split') or isinstance(value, (str, bool)) or value is None or not math.isfinite(value):
+      if name in ('step', 'stage', 'split') or type(value) not in (int, float) or not math.isfinite(value):
         continue
       family = re.sub(r'[/_]?(level|group)_?\d+|[/_]\d+', '', name) or name
       label = ' '.join(filter(None, [name if family != name else '', row.get('split', '')])) or name
@@ -172,7 +185,7 @@ def curves(metrics: Iterable[Mapping[str, Any]]) -> dict[str, list[dict[str, str
 
 def _chart(lines: Mapping[str, list[tuple[float, float]]]) -> bytes:
   with charts.style():
-    figure, ax = charts.axes(4.2, 2.4)
+    figure, ax = charts.axes(3.5, 2.1)
     for i, (label, points) in enumerate(sorted(lines.items(), key=lambda item: natural(item[0]))[:MAX_LINES]):
       steps, values = zip(*sorted(points), strict=True)
       mark = 'o' if len(points) < 12 else None

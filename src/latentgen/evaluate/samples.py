@@ -50,13 +50,13 @@ def run(
     temperatures: factors on the base prior's deviations, for the default sampler; none: no such picture.
     images: rows of the resampling picture; four times as many are reconstructed.
     columns: at most so many columns in the resampling picture.
-    readjust_batches: batches of prior samples from which a method with `readjust` takes new BatchNorm statistics at every
-      temperature but 1; 0: none.
+    readjust_batches: batches of prior samples from which a method with `readjust` takes new BatchNorm statistics at
+      every temperature but 1; 0: none.
     parts: which pictures, of PARTS.
 
   Returns:
-    Pictures before_after (only where there are several samplers), samples_<sampler>, reconstructions, temperatures, levels
-    (only where there are several groups).
+    Pictures before_after (only where there are several samplers), samples_<sampler>, reconstructions, temperatures,
+    levels (only where there are several groups).
 
   Raises:
     UserError: for a bad value, naming the key.
@@ -164,6 +164,6 @@ def _levels(subject: Subject, split: str, n: int, columns: int, pictures: dict[s
   pictures['levels'] = Picture(
     grid(interleave(fetch(x)[:n], *cells), len(shown) + 1),
     'What each level decides',
-    f'A row is an image of {split}. First the original; then decoder means with the top {", ".join(map(str, shown))} of '
-    f'{total} groups fixed to a posterior sample and all groups below drawn from the base prior.',
+    f'A row is an image of {split}. First the original; then decoder means with the top {", ".join(map(str, shown))} '
+    f'of {total} groups fixed to a posterior sample and all groups below drawn from the base prior.',
   )

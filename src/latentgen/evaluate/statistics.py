@@ -32,7 +32,7 @@ def auroc(positive: np.ndarray, negative: np.ndarray) -> Estimate:
   flat = positive.reshape(-1)
   ranks = scipy.stats.rankdata(np.concatenate([flat, negative]))
   below = (ranks[: flat.size] - scipy.stats.rankdata(flat)) / negative.size  # share of negatives below each positive
-  above = 1 - (ranks[flat.size :] - scipy.stats.rankdata(negative)) / flat.size  # share of positives above each negative
+  above = 1 - (ranks[flat.size :] - scipy.stats.rankdata(negative)) / flat.size  # share of positives above a negative
   rows = below.reshape(positive.shape).mean(1)
   return Estimate(float(rows.mean()), math.sqrt(_squared_error(rows) + _squared_error(above)))
 
@@ -137,12 +137,15 @@ class Reliability(NamedTuple):
     """Expected calibration error, sum_bins count / n * |predicted - observed|.
 
     References:
-      C. Guo, G. Pleiss, Y. Sun, K. Weinberger, On calibration of modern neural networks, 2017, arXiv 1706.04599, equation 3.
+      C. Guo, G. Pleiss, Y. Sun, K. Weinberger, On calibration of modern neural networks, 2017, arXiv 1706.04599,
+      equation 3.
     """
     return float(self.count @ np.abs(self.predicted - self.observed) / self.count.sum())
 
 
-def reliability(positive: np.ndarray, negative: np.ndarray, bins: int = 15, weight: np.ndarray | None = None) -> Reliability:
+def reliability(
+  positive: np.ndarray, negative: np.ndarray, bins: int = 15, weight: np.ndarray | None = None
+) -> Reliability:
   """Reliability curve of binary logits in equal bins of probability.
 
   Args:

@@ -1,11 +1,12 @@
 """Latent two-sample test: can a fresh classifier tell posterior latents of held-out images from a sampler's?
 
-An area under the ROC curve of 1/2 says that this classifier finds no difference; a learned prior that fits better than the
-base comes closer to 1/2. Predictions are cross-validated by image, so that nothing is scored by what has seen it.
+An area under the ROC curve of 1/2 says that this classifier finds no difference; a learned prior that fits better
+than the base comes closer to 1/2. Predictions are cross-validated by image, so that nothing is scored by what has
+seen it.
 
-Of logistic regression on quadratic features, a small network, boosted trees and averages of them, on Gaussians and mixtures
-with known ratio (600 to 5,000 examples, 8 and 32 dimensions), the average of the log-odds of the first two came closest to
-the optimum over all cases; trees missed correlations (0.79 of a possible 0.92).
+Of logistic regression on quadratic features, a small network, boosted trees and averages of them, on Gaussians and
+mixtures with known ratio (600 to 5,000 examples, 8 and 32 dimensions), the average of the log-odds of the first two
+came closest to the optimum over all cases; trees missed correlations (0.79 of a possible 0.92).
 
 References:
   D. Lopez-Paz and M. Oquab, Revisiting classifier two-sample tests, 2017, arXiv 1610.06545.
@@ -63,8 +64,8 @@ def run(
     components: principal components, fitted on the training folds, that stand for latents of more dimensions.
 
   Returns:
-    two_sample/<sampler>/auroc and /accuracy on all latents, two_sample/<sampler>/level<i>/auroc on one level where there
-    are several; n counts images. Picture: ROC curves.
+    two_sample/<sampler>/auroc and /accuracy on all latents, two_sample/<sampler>/level<i>/auroc on one level where
+    there are several; n counts images. Picture: ROC curves.
 
   Raises:
     UserError: for a bad value, naming the key.
@@ -126,7 +127,8 @@ def cross_validated(
 ) -> list[tuple[np.ndarray, np.ndarray]]:
   """Log-odds of every example from a classifier that was fitted without its fold.
 
-  Folds are equal in size and balance of the classes, and scored apart: scores of different classifiers are never compared.
+  Folds are equal in size and balance of the classes, and scored apart: scores of different classifiers are not
+  compared.
 
   Args:
     real: [n, draws, d], label 1; a row stays in one fold.

@@ -16,7 +16,7 @@ BRANCH_WEIGHT = 0.1
 
 
 class FactorizedReduction(nn.Module):
-  """Halves the map without losing a pixel phase: Swish, then four strided 1x1 convolutions at the offsets of a 2x2 block."""
+  """Halves the map and keeps all pixel phases: Swish, then four strided 1x1 convolutions, one a pixel of a block."""
 
   features: int
   dtype: Any = jnp.float32
@@ -102,8 +102,8 @@ class DecoderCell(nn.Module):
     h = conv(hidden, 1)(batch_norm(self.train, self.dtype)(x))
     h = swish(batch_norm(self.train, self.dtype)(h))
     if self.up:
-      # NVAE repeats the pixels before the first BatchNorm. All layers so far act on single pixels, and repetition leaves
-      # batch statistics as they are, so this is the same function at a quarter of the cost.
+      # NVAE repeats the pixels before the first BatchNorm. All layers so far act on single pixels, and repetition
+      # leaves batch statistics as they are, so this is the same function at a quarter of the cost.
       h = nearest_upsample(h)
     h = conv(hidden, 5, depthwise=True)(h)
     h = swish(batch_norm(self.train, self.dtype)(h))
@@ -112,7 +112,7 @@ class DecoderCell(nn.Module):
 
 
 class Upsample(nn.Module):
-  """Bilinear doubling with aligned corners and a 1x1 convolution, which commute: the convolution comes first, it is cheaper."""
+  """Bilinear doubling with aligned corners and a 1x1 convolution; they commute, convolution first is cheaper."""
 
   features: int
   dtype: Any = jnp.float32

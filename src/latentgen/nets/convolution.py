@@ -1,8 +1,9 @@
 """Convolutions as pure functions, channels last, with gradients that stay fast inside loops on a CPU.
 
-On XLA's CPU backend the backward of a convolution inside a loop body (`lax.scan`, `nn.scan`) misses the fast path and takes
-20 to 40 times as long (jax issue 12868), and depthwise convolutions are slow everywhere. There, and only there, `convolve`
-brings its own gradients (no forward mode through them); elsewhere it is XLA's convolution. Values agree to rounding.
+On XLA's CPU backend the backward of a convolution inside a loop body (`lax.scan`, `nn.scan`) misses the fast path and
+takes 20 to 40 times as long (jax issue 12868), and depthwise convolutions are slow everywhere. There, and only there,
+`convolve` brings its own gradients (no forward mode through them); elsewhere it is XLA's convolution. Values agree to
+rounding.
 """
 
 from collections.abc import Iterator
@@ -128,7 +129,7 @@ def _shift_and_add(x: Array, kernel: Array) -> Array:
 
 @jax.custom_vjp
 def taps(x: Array, kernel: Array) -> Array:
-  """Depthwise convolution [n, h, w, c], [k, k', 1, c] -> [n, h, w, c], stride 1, odd k: one shift, multiply, add per tap."""
+  """Depthwise convolution [n, h, w, c], [k, k', 1, c] -> [n, h, w, c], stride 1, odd k: shift and add, tap by tap."""
   return _shift_and_add(x, kernel)
 
 

@@ -14,7 +14,7 @@ def padded_size(size: int, multiple: int) -> int:
 
 
 def pad(x: Array, multiple: int) -> Array:
-  """Zeros around an image, [b, h, w, c] -> [b, h', w', c] with both sides multiples; an odd row goes to the far side."""
+  """Zeros around an image, [b, h, w, c] -> [b, h', w', c], both sides multiples; an odd row goes to the far side."""
   extra = [padded_size(n, multiple) - n for n in x.shape[1:3]]
   return jnp.pad(x, ((0, 0), *((e // 2, e - e // 2) for e in extra), (0, 0)))
 

@@ -13,11 +13,13 @@ from latentgen.types import Array, Key
 swish = nn.swish
 
 
-def affine(module: nn.Module, shape: tuple[int, ...], use_bias: bool, mask: Array | None = None) -> tuple[Array, Array | None]:
+def affine(
+  module: nn.Module, shape: tuple[int, ...], use_bias: bool, mask: Array | None = None
+) -> tuple[Array, Array | None]:
   """The parameters `kernel` [..., i, o] and `bias` [o] or None of a compact module, float32.
 
-  Both start as U(-1/sqrt(fan_in), 1/sqrt(fan_in)), PyTorch's default (Kaiming uniform with a = sqrt 5), the kernel times the
-  mask. They are one draw of random numbers: compiling the draws is most of the cost of compiling an initialisation.
+  Both start as U(-1/sqrt(fan_in), 1/sqrt(fan_in)), PyTorch's default (Kaiming uniform with a = sqrt 5), the kernel
+  times the mask. They are one draw of random numbers: the draws are most of what compiling an initialisation costs.
   """
   size, outputs = math.prod(shape), shape[-1]
   bias: Array | float = 0.0
@@ -38,8 +40,8 @@ def affine(module: nn.Module, shape: tuple[int, ...], use_bias: bool, mask: Arra
 class Conv(nn.Module):
   """Convolution with symmetric zero padding (k - 1) // 2; channels last.
 
-  Parameters are float32: `kernel` [k, k, i, o] (depthwise [k, k, 1, i]), `bias` [o], and with weight normalisation `gain`
-  [o], the log norm of each filter. Kernel and bias start as in PyTorch, U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
+  Parameters are float32: `kernel` [k, k, i, o] (depthwise [k, k, 1, i]), `bias` [o], and with weight normalisation
+  `gain` [o], the log norm of each filter. Kernel and bias start as in PyTorch, U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
 
   Args:
     features: output channels; ignored if depthwise.

@@ -2,9 +2,9 @@
 
 Vahdat and Kautz, "NVAE: A Deep Hierarchical Variational Autoencoder", 2020, arXiv 2007.03898.
 
-The groups of one resolution are one `nn.scan`, so that compile time does not grow with depth. Their parameters are stacked
-under a name that starts with `stack`. Samples k are folded into the batch behind the images, [b * k, ...], which keeps the
-batch sharded; a Trace has them in front.
+The groups of one resolution are one `nn.scan`, so that compile time does not grow with depth. Their parameters are
+stacked under a name that starts with `stack`. Samples k are folded into the batch behind the images, [b * k, ...],
+which keeps the batch sharded; a Trace has them in front.
 """
 
 from collections.abc import Callable, Sequence
@@ -194,7 +194,7 @@ class Encoder(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array) -> tuple[Array, list[Array]]:
-    """Images [b, h, w, c] in [0, 1] -> feature of the first group and, per level, [g, b, h, w, c] of the other groups."""
+    """Images [b, h, w, c] in [0, 1] -> feature of the first group; per level, [g, b, h, w, c] of the other groups."""
     h = Conv(self.channels, 3, weight_norm=True, dtype=self.dtype, name='stem')(2.0 * x - 1.0)
     for i in range(self.pre_blocks):
       for j in range(self.pre_cells):
@@ -215,11 +215,11 @@ class Encoder(nn.Module):
 class NVAE(nn.Module):
   """Deep hierarchical VAE; see `types.LatentNet` for its methods. Initialise with `method='infer'`.
 
-  The first group has a fixed prior N(0, 1.01^2) (1.01 is what the soft clamp makes of 0, as in the published code) and the
-  learned constant as context.
+  The first group has a fixed prior N(0, 1.01^2) (1.01 is what the soft clamp makes of 0, as in the published code) and
+  the learned constant as context.
 
   Args:
-    image_shape: (h, w, c); images are zero-padded to a size that all levels divide, the decoder's output is cropped back.
+    image_shape: (h, w, c); images are zero-padded to a size that all levels divide, the decoder's output is cropped.
     groups: groups per level, coarse to fine.
     latent: channels of a group.
     channels: of the stem; every halving of the map doubles them.
@@ -276,8 +276,8 @@ class NVAE(nn.Module):
   def simulate(self, n: int, choose: Choose = ancestral, temperature: float = 1.0, train: bool = False) -> Trace:
     """Top-down pass without data: Trace with k = 1 and b = n.
 
-    `choose` sees the prior with its standard deviation times `temperature`; log_p, eps and prior of the Trace are those of
-    the model. `train` re-adjusts BatchNorm's statistics.
+    `choose` sees the prior with its standard deviation times `temperature`; log_p, eps and prior of the Trace are those
+    of the model. `train` re-adjusts BatchNorm's statistics.
     """
 
     def tempered(level: int, group: Any, prior: Normal, context: Array, key: Any) -> Array:

@@ -1,11 +1,12 @@
-"""Spectral regularisation: largest singular value of every convolution, by power iteration that goes on from step to step.
+"""Spectral regularisation: the largest singular value of every convolution, by power iteration across steps.
 
-Yoshida and Miyato, "Spectral Norm Regularization for Improving the Generalizability of Deep Learning", 2017, arXiv 1705.10941;
-Vahdat and Kautz, "NVAE: A Deep Hierarchical Variational Autoencoder", 2020, arXiv 2007.03898, section 3.2.
+Yoshida and Miyato, "Spectral Norm Regularization for Improving the Generalizability of Deep Learning", 2017,
+arXiv 1705.10941; Vahdat and Kautz, "NVAE: A Deep Hierarchical Variational Autoencoder", 2020,
+arXiv 2007.03898, section 3.2.
 
 Pure functions over a nested dict of parameters, split into groups or not. A convolution is a leaf `kernel` of four axes
-[k, k', i, o], or five where a scan has stacked layers in front; with a `gain` beside it the weight is the normalised one, as
-the network uses it. Masked kernels are stored masked. Dense layers (two axes) are left out.
+[k, k', i, o], or five where a scan has stacked layers in front; with a `gain` beside it the weight is the normalised
+one, as the network uses it. Masked kernels are stored masked. Dense layers (two axes) are left out.
 """
 
 from collections.abc import Iterator, Mapping

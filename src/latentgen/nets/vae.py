@@ -1,7 +1,7 @@
 """The plain VAE: one group of latents, a diagonal Gaussian posterior, prior N(0, I); fully connected or convolutional.
 
-Kingma and Welling, "Auto-Encoding Variational Bayes", 2013, arXiv 1312.6114. Learned noise: Rybkin, Daniilidis and Levine,
-"Simple and Effective VAE Training with Calibrated Decoders", 2020, arXiv 2006.13202.
+Kingma and Welling, "Auto-Encoding Variational Bayes", 2013, arXiv 1312.6114. Learned noise: Rybkin, Daniilidis and
+Levine, "Simple and Effective VAE Training with Calibrated Decoders", 2020, arXiv 2006.13202.
 """
 
 from collections.abc import Callable, Sequence
@@ -68,7 +68,8 @@ class Decoder(nn.Module):
     if not self.conv:
       for i, width in enumerate(reversed(self.hidden)):
         z = self.activation(dense(width, name=f'layer_{i}')(z))
-      return dense(math.prod(self.image_shape[:2]) * self.outputs, name='head')(z).reshape(-1, *self.image_shape[:2], self.outputs)
+      shape = (*self.image_shape[:2], self.outputs)
+      return dense(math.prod(shape), name='head')(z).reshape(-1, *shape)
     multiple = 2 ** len(self.hidden)
     side = [images.padded_size(n, multiple) // multiple for n in self.image_shape[:2]]
     width = self.hidden[-1]
@@ -88,13 +89,13 @@ class VAE(nn.Module):
   Args:
     image_shape: (h, w, c).
     latent: dimensions of z.
-    hidden: widths of the encoder's hidden layers, the decoder's in reverse; () is linear. With `conv` the channels of strided
-      convolutions, each of which halves the map (zero-padded where needed).
+    hidden: widths of the encoder's hidden layers, the decoder's in reverse; () is linear. With `conv` the channels of
+      strided convolutions, each of which halves the map (zero-padded where needed).
     activation: one of ACTIVATIONS.
     conv: convolutional.
     likelihood: 'bernoulli', 'normal' (unbounded mean, in the units of the image), or 'dmol'.
-    scale: standard deviation of the normal likelihood: a number; or 'learned', one parameter; 'image', of z; 'pixel', of z
-      for every pixel and channel. Learned ones start near 1 and stay above exp(-6).
+    scale: standard deviation of the normal likelihood: a number; or 'learned', one parameter; 'image', of z; 'pixel',
+      of z for every pixel and channel. Learned ones start near 1 and stay above exp(-6).
     mixtures: components (dmol).
     bits: bits a pixel (dmol).
     dtype: of layers, 'float32' or 'bfloat16'; parameters and densities are float32.
