@@ -71,8 +71,8 @@ def run(
     _picture(curves),
     'Calibration of the critics',
     f'Share of posterior samples among those given a probability, on {n} held-out images; on the diagonal the logit is '
-    f'the log-ratio. Line in bold: all {len(groups)} groups. Below: how many samples got which probability. Mean NCE
-    loss ' f'{whole:.3f} nats, chance {CHANCE:.3f}.',
+    f'the log-ratio. Line in bold: all {len(groups)} groups. Below: how many samples got which probability. '
+    f'Mean NCE loss {whole:.3f} nats, chance {CHANCE:.3f}.',
   )
   return findings
 
