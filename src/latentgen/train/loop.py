@@ -174,8 +174,9 @@ def _train_stage(run: Run, index: int, metrics: Metrics) -> None:
   out = (jax.tree.map(lambda a: a.sharding, abstract), whole, whole)
   compiled = jax.jit(function, donate_argnums=(0, 1), out_shardings=out)
   validate = _validator(run, stage) if stage.best else None
-  key = jax.device_put(keys.named(run.root, stage.name), whole)
-  health = jax.device_put(stepping.healthy(), whole)
+  # Made under jit, as several processes can only make what spans them all together.
+  start = jax.jit(lambda key: (keys.named(key, stage.name), stepping.healthy()), out_shardings=whole)
+  key, health = start(run.root)
   # Steps on an emulated mesh that are not waited for starve each other's collectives and abort.
   wait = run.mesh.size > 1 and run.mesh.devices.flat[0].platform == 'cpu'
   first = step
