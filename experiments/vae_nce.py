@@ -12,6 +12,7 @@ Deviations: those of experiments/nvae_nce.py; the paper's single-group backbone 
 from ml_collections import ConfigDict
 import nvae
 import nvae_nce
+from nvae_nce import sweep as sweep  # --sweep=seeds
 
 VARIANTS = ('smoke', 'mnist')
 

@@ -1,6 +1,6 @@
 """Run as a program by test_mesh.py: a few steps of the main job on a mesh, losses and frozen groups to stdout as JSON.
 
-usage: devices.py WORKDIR DATA FSDP
+usage: devices.py EXPERIMENT WORKDIR DATA FSDP
 """
 
 import json
@@ -11,7 +11,7 @@ import sys
 import jax
 
 
-def main(workdir: str, data: int, fsdp: int) -> None:
+def main(experiment: str, workdir: str, data: int, fsdp: int) -> None:
   if 'JAX_NUM_PROCESSES' in os.environ:
     from latentgen.main import start_jax
 
@@ -20,8 +20,8 @@ def main(workdir: str, data: int, fsdp: int) -> None:
   from latentgen.train import loop
 
   root = pathlib.Path(__file__).parents[1]
-  _, config = configs.load(f'{root / "experiments" / "nvae_nce.py"}:smoke')
-  config.stages.vae.steps = config.stages.nce.steps = 6
+  _, config = configs.load(f'{root / "experiments" / experiment}:smoke')
+  config.stages.vae.steps = config.stages.nce.steps = 4
   configs.override(config, {'mesh.data': data, 'mesh.fsdp': fsdp})
   with config.unlocked():
     config.mesh.min_shard_size = 64
@@ -29,11 +29,11 @@ def main(workdir: str, data: int, fsdp: int) -> None:
   run.workdir.mkdir(exist_ok=True, parents=True)
   loop.train(run)
   one, two = (loop.load_variables(run, stage) for stage in run.recipe)
-  frozen = jax.tree.map(
-    lambda a, b: bool(jax.numpy.array_equal(a, b)),
-    [(v['params'][g], v['stats'][g]) for v in (one,) for g in ('encoder', 'decoder')],
-    [(v['params'][g], v['stats'][g]) for v in (two,) for g in ('encoder', 'decoder')],
-  )
+
+  def frozen_groups(variables):
+    return [(variables['params'][g], variables['stats'].get(g)) for g in ('encoder', 'decoder')]
+
+  frozen = jax.tree.map(lambda a, b: bool((a == b).all()), frozen_groups(one), frozen_groups(two))
   abstract = run.abstract(run.recipe[0])
   split = sum(a.sharding.spec != jax.sharding.PartitionSpec() for a in jax.tree.leaves(abstract.params))
   if jax.process_index() == 0:
@@ -43,4 +43,4 @@ def main(workdir: str, data: int, fsdp: int) -> None:
 
 
 if __name__ == '__main__':
-  main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+  main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))

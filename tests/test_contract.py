@@ -32,6 +32,9 @@ def cases():
       yield pytest.param(path, stage, id=f'{path.stem}-{stage}')
 
 
+CASES = list(cases())
+
+
 @functools.cache
 def two_steps(path, name):
   """(stage, states after 0, 1 and 2 steps, metrics of each step, number of traces)."""
@@ -56,7 +59,7 @@ def two_steps(path, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('path, name', cases())
+@pytest.mark.parametrize('path, name', CASES)
 def test_two_steps_are_finite_and_traced_once(path, name):
   _, _, metrics, traces = two_steps(path, name)
   assert all(np.isfinite(v) for found in metrics for v in found.values())
@@ -64,7 +67,7 @@ def test_two_steps_are_finite_and_traced_once(path, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('path, name', cases())
+@pytest.mark.parametrize('path, name', CASES)
 def test_named_groups_move_and_no_others(path, name):
   stage, states, _, _ = two_steps(path, name)
   moving = {g for u in stage.method.updates() for g in u.wrt}
@@ -77,7 +80,7 @@ def test_named_groups_move_and_no_others(path, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('path, name', cases())
+@pytest.mark.parametrize('path, name', CASES)
 def test_samples_have_the_images_shape_and_range(path, name):
   run = build(path)[2]
   stage, states, _, _ = two_steps(path, name)

@@ -58,7 +58,8 @@ BAD = [
   (['--confg=x'], 'unknown flag --confg; did you mean'),
   (['--num=0', '--mode=sample'], '--num is 0'),
   (['--mode=evaluate'], 'holds no run'),
-  (['--sweep=x'], 'defines no sweep'),
+  (['--sweep=x'], 'no sweep of that name'),
+  (['--sweep=seeds', '--sweep_index=3'], 'has 3 runs'),
   (['stray'], 'stray'),
 ]  # fmt: skip
 
@@ -228,16 +229,10 @@ def test_truncated_checkpoint_is_refused_and_left_alone(finished, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize('stage', ['vae', 'nce'])
 def test_killed_run_ends_like_an_undisturbed_one_to_the_bit(tmp_path, stage):
-  experiment = tmp_path / 'long.py'
-  experiment.write_text(
-    'import sys\nsys.path.insert(0, %r)\nimport vae_nce\nVARIANTS = ("smoke",)\n'
-    'def get_config(variant):\n  c = vae_nce.get_config("smoke")\n'
-    '  c.stages.vae.steps = c.stages.nce.steps = 40\n  c.train.checkpoint_every_steps = 7\n'
-    '  likelihood, samples = dict(c.evaluate.likelihood), dict(c.evaluate.samples)\n'
-    '  with c.unlocked():\n    c.evaluate = dict(tasks=("likelihood", "samples"), likelihood=likelihood, samples=samples)\n'
-    '  return c\n' % str(ROOT / 'experiments')
-  )
-  args = [f'--config={experiment}:smoke']
+  args = [
+    f'--config={NCE}', '--config.stages.vae.steps=40', '--config.stages.nce.steps=40',
+    '--config.train.checkpoint_every_steps=7', "--config.evaluate.tasks=('likelihood','samples')",
+  ]  # fmt: skip
   whole, killed = tmp_path / 'whole', tmp_path / 'killed'
   assert run(*args, f'--workdir={whole}').returncode == 0
   env = {**os.environ, 'PYTHONPATH': str(ROOT / 'src')}

@@ -15,9 +15,9 @@ HERE = pathlib.Path(__file__).parent
 pytestmark = pytest.mark.slow
 
 
-def start(workdir, data, fsdp, **env):
+def start(experiment, workdir, data, fsdp, **env):
   env = {**os.environ, 'PYTHONPATH': str(HERE.parent / 'src'), **env}
-  command = [sys.executable, str(HERE / 'devices.py'), str(workdir), str(data), str(fsdp)]
+  command = [sys.executable, str(HERE / 'devices.py'), experiment, str(workdir), str(data), str(fsdp)]
   return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -34,7 +34,7 @@ def found(process, workdir):
 @pytest.fixture(scope='module')
 def alone(tmp_path_factory):
   workdir = tmp_path_factory.mktemp('one')
-  return found(start(workdir, 1, 1), workdir)
+  return found(start('nvae_nce.py', workdir, 1, 1), workdir)
 
 
 def same(one, other):
@@ -50,18 +50,20 @@ def same(one, other):
 
 @pytest.mark.parametrize('data, fsdp', [(2, 1), (1, 2)])
 def test_two_devices_train_like_one(alone, tmp_path, data, fsdp):
-  other = found(start(tmp_path, data, fsdp, XLA_FLAGS='--xla_force_host_platform_device_count=2'), tmp_path)
+  other = found(start('nvae_nce.py', tmp_path, data, fsdp, XLA_FLAGS='--xla_force_host_platform_device_count=2'), tmp_path)
   assert other['devices'] == 2
   assert (other['split'] > 20) == (fsdp == 2)
   same(alone, other)
 
 
-def test_two_processes_train_like_one(alone, tmp_path):
+def test_two_processes_train_like_one(tmp_path):
+  alone = found(start('vae_nce.py', tmp_path / 'one', 1, 1), tmp_path / 'one')
+  tmp_path = tmp_path / 'two'
   with socket.socket() as s:
     s.bind(('127.0.0.1', 0))
     port = s.getsockname()[1]
   common = {'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}', 'JAX_NUM_PROCESSES': '2'}
-  pair = [start(tmp_path, 2, 1, JAX_PROCESS_ID=str(i), **common) for i in range(2)]
+  pair = [start('vae_nce.py', tmp_path, 2, 1, JAX_PROCESS_ID=str(i), **common) for i in range(2)]
   try:
     other = found(pair[0], tmp_path)
     pair[1].communicate(timeout=60)
