@@ -126,10 +126,9 @@ def test_stacked_critics_are_each_group_by_itself():
 
 
 class Exact:
-  """log N(u; loc, scale) - log N(u; 0, 1) in one coordinate u: what it sees first ('first') or last ('last').
+  """log q / p with p = N(0, 1) and q = N(loc, scale^2) of the noise coordinate, from either coordinate.
 
-  In 'base' form the base density is N(context_0, context_1) and q = N(loc, scale) of the noise coordinate moved along
-  with it, so that the same ratio is written in latent coordinates.
+  'noise' reads eps, last of what it sees; 'base' reads z, first of what it sees, and the prior's parameters off the context.
   """
 
   def __init__(self, form):

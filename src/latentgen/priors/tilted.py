@@ -71,7 +71,8 @@ class Tilted:
       def one(args):
         group, prior, context, key = args
         lead = context.shape[:2]
-        prior, context = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (prior, context))
+        flat = lambda x: x.reshape(lead[0] * lead[1], *x.shape[2:])  # not -1: a context may be empty
+        prior, context = jax.tree.map(flat, (prior, context))
         _, info = self._resample(group, prior, context, key, proposals, chunk)
         return info.log_z.reshape(lead), info.ess.reshape(lead)
 
