@@ -25,35 +25,41 @@ VARIANTS = ('smoke', 'mnist', 'cifar10', 'imagenet32', 'celeba64', 'celebahq256'
 
 RGB = dict(likelihood='dmol', pre_blocks=1, pre_cells=2, flows=1)
 
-# data, model, training images, batch, epochs, warm-up epochs, spectral weights, learning rate
+# image shape, data, model, training images, batch, epochs, warm-up epochs, spectral weights, learning rate
 PUBLISHED = dict(
   mnist=(
+    (28, 28, 1),
     dict(name='tfds', dataset='mnist', valid=5000, in_memory=True, binarize='fresh'),
     dict(groups=(5, 10), channels=32, pre_blocks=2, pre_cells=3, likelihood='bernoulli'),
     55_000, 400, 400, 5, (1e-2, 1e-2), 1e-2,
   ),
   cifar10=(
+    (32, 32, 3),
     dict(name='tfds', dataset='cifar10', valid=5000, in_memory=True, flip=True),
     dict(RGB, groups=(30,), channels=128),
     45_000, 256, 400, 5, (1e-2, 1e-2), 1e-2,
   ),
   imagenet32=(
+    (32, 32, 3),
     dict(name='tfds', dataset='downsampled_imagenet/32x32', valid=10_000, flip=True),
     dict(RGB, groups=(28,), channels=192),
     1_271_149, 576, 45, 1, (1.0, 1e-2), 1e-2,
   ),
   celeba64=(
+    (64, 64, 3),
     dict(name='tfds', dataset='celeb_a', crop=(40, 15, 148, 148), size=64, flip=True),
     dict(RGB, groups=(5, 10, 20), channels=64),
     162_770, 128, 90, 5, (1e-1, 1e-1), 1e-2,
   ),
   celebahq256=(
+    (256, 256, 3),
     dict(name='tfds', dataset='celeb_a_hq/256', train='train[:27000]', valid='train[27000:27500]', test='train[27500:]',
          bits=5, flip=True),
     dict(RGB, groups=(4, 4, 4, 8, 16), channels=30, flows=2, bits=5),
     27_000, 96, 300, 5, (1.0, 1e-2), 1e-2,
   ),
   ffhq256=(
+    (256, 256, 3),
     dict(name='folder', path='ffhq256', size=256, in_memory=False, bits=5, flip=True),
     dict(RGB, groups=(4, 4, 4, 8, 16), channels=30, flows=2, bits=5),
     56_000, 96, 200, 5, (1.0, 1e-1), 8e-3,
@@ -128,9 +134,10 @@ def smoke(config: ConfigDict) -> ConfigDict:
 
 def get_config(variant: str = '') -> ConfigDict:
   if variant in PUBLISHED:
-    data, model, images, batch, epochs, warmup, spectral, rate = PUBLISHED[variant]
+    shape, data, model, images, batch, epochs, warmup, spectral, rate = PUBLISHED[variant]
     epoch = images // batch
     config = base(dict(data, batch_size=batch), model, epochs * epoch, warmup * epoch, spectral, rate)
+    config.image_shape = shape  # for --mode=estimate, which does without data
     config.paper = tuple(PAPER.get(variant, ()))
     return config
   config = digits()

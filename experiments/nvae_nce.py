@@ -67,7 +67,7 @@ def smoke(config: ConfigDict) -> ConfigDict:
 def get_config(variant: str = '') -> ConfigDict:
   config = nvae.get_config(variant)
   if variant in nvae.PUBLISHED:
-    epoch = nvae.PUBLISHED[variant][2] // config.data.batch_size
+    epoch = nvae.PUBLISHED[variant][3] // config.data.batch_size
     config = add_stage(config, 20 * epoch, channels=64, blocks='AAABAAAB')
     config.paper = tuple(PAPER.get(variant, ()))
     return config

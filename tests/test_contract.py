@@ -97,10 +97,7 @@ def test_every_variant_builds_a_recipe_without_allocating(path):
   file, config, run = build(path)
   for variant in ('', *file.module.VARIANTS):
     plain = configs.plain(configs.load(f'{path}:{variant}')[1])
-    shape = {'mnist': (28, 28, 1), 'cifar10': (32, 32, 3), 'imagenet32': (32, 32, 3)}.get(variant)
-    if plain['data']['name'] == 'digits':
-      shape = run.data['train'].shape
-    recipe = configs.build_recipe(plain, shape or (plain['data'].get('size', 256),) * 2 + (3,))
+    recipe = configs.build_recipe(plain, plain.get('image_shape', run.data['train'].shape))
     check.check_names(recipe)
     assert [s.name for s in recipe] == list(plain['recipe'])
 

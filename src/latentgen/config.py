@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from latentgen.errors import UserError, near
 
-TOP_LEVEL = ('data', 'model', 'recipe', 'stages', 'evaluate', 'mesh', 'train', 'seed', 'paper')
+TOP_LEVEL = ('data', 'model', 'recipe', 'stages', 'evaluate', 'mesh', 'train', 'seed', 'paper', 'image_shape')
 
 
 # ------------------------------------------------------------------------------------------- files and overrides
@@ -207,8 +207,12 @@ def split_name(options: Mapping[str, Any], where: str) -> tuple[str, dict[str, A
   return options.pop('name'), options
 
 
-def build_data(config: Mapping[str, Any], seed: int) -> tuple[dict[str, Any], Callable[..., Any], int]:
-  """(splits, preprocess, batch size) of `config.data`; `seed` fixes a fixed binarisation."""
+def build_data(
+  config: Mapping[str, Any], seed: int, shape: tuple[int, ...] | None = None
+) -> tuple[dict[str, Any], Callable[..., Any], int]:
+  """(splits, preprocess, batch size) of `config.data`; `seed` fixes a fixed binarisation, `shape` stands for the data."""
+  import numpy as np
+
   from latentgen import data
   from latentgen.data import pipeline, preprocess
 
@@ -217,7 +221,11 @@ def build_data(config: Mapping[str, Any], seed: int) -> tuple[dict[str, Any], Ca
   if not isinstance(batch_size, int) or batch_size < 1:
     raise UserError(f'config.data.batch_size is {batch_size!r}, need a positive whole number')
   steps = {k: options.pop(k) for k in inspect.signature(preprocess.make).parameters if k in options}
-  splits = data.load(name, **options)
+  if shape:
+    blank = data.ArraySource(np.broadcast_to(np.uint8(0), (batch_size, *shape)), None, 'shapes alone')
+    splits = dict.fromkeys(data.SPLITS, blank)
+  else:
+    splits = data.load(name, **options)
   pipeline.Steps(splits['train'], batch_size, seed)  # complains of a batch that is larger than the split
   if steps.get('binarize') == 'fixed':
     splits = {split: preprocess.binarize_fixed(source, seed) for split, source in splits.items()}
@@ -269,8 +277,14 @@ def _image_shape(source: Any, preprocess: Callable[..., Any]) -> tuple[int, int,
   return jax.eval_shape(lambda key: preprocess(key, raw, False), jax.random.key(0))['image'].shape[1:]
 
 
-def build(config: ConfigDict, workdir: pathlib.Path, mesh: Any = None) -> Any:
+def build(config: ConfigDict, workdir: pathlib.Path, mesh: Any = None, shapes_only: bool = False) -> Any:
   """The whole run of a config.
+
+  Args:
+    config: the resolved config.
+    workdir: where the run lives.
+    mesh: overrides `config.mesh`.
+    shapes_only: do without data where `config.image_shape` says what they look like; such a run can only be estimated.
 
   Raises:
     UserError: one line that names the key.
@@ -285,7 +299,8 @@ def build(config: ConfigDict, workdir: pathlib.Path, mesh: Any = None) -> Any:
     if key not in config:
       raise UserError(f'config.{key} is missing')
   seed = config.get('seed', 0)
-  splits, preprocess, batch_size = build_data(config['data'], seed)
+  shape = config.get('image_shape') if shapes_only else None
+  splits, preprocess, batch_size = build_data(config['data'], seed, shape)
   recipe = build_recipe(config, _image_shape(splits['train'], preprocess))
   check.check_names(recipe)
   if mesh is None:

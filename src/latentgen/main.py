@@ -35,7 +35,6 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
   parser.add_argument('--sampler', help='mode sample: one of the samplers of the last stage')
   parser.add_argument('--num', type=int, default=64, help='mode sample: number of images')
   parser.add_argument('--temperature', type=float, default=1.0, help='mode sample: factor on the deviations of the base prior')
-  parser.add_argument('--devices', type=int, help='mode estimate: size of the mesh to estimate for')
   known = [a for action in parser._actions for a in action.option_strings]
   overrides, rest = {}, []
   for arg in argv:

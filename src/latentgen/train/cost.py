@@ -23,9 +23,19 @@ def flops(jaxpr: Any) -> int:
       kernel, spec = eqn.invars[1].aval, params['dimension_numbers'].rhs_spec
       total += 2 * eqn.outvars[0].aval.size * kernel.size // kernel.shape[spec[0]]
     times = params.get('length', 1) if name == 'scan' else 1
-    branches = [flops(sub) for sub in jax.core.jaxprs_in_params(params)]
+    branches = [flops(sub) for sub in _inner(params)]
     total += max(branches, default=0) if name == 'cond' else times * sum(branches)
   return total
+
+
+def _inner(params: Any) -> list[Any]:
+  """The programs in an equation's parameters: bodies of loops, branches, calls."""
+  found = []
+  for value in jax.tree.leaves(list(params.values()), is_leaf=lambda v: hasattr(v, 'eqns') or hasattr(v, 'jaxpr')):
+    value = getattr(value, 'jaxpr', value)
+    if hasattr(value, 'eqns'):
+      found.append(value)
+  return found
 
 
 def bytes_per_device(tree: Any) -> int:
