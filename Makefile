@@ -19,10 +19,10 @@ demo: install
 	$(RUN) -m latentgen.main --config=$(CONFIG)
 
 test: install
-	JAX_PLATFORMS=cpu $(RUN) -m pytest
+	JAX_PLATFORMS=cpu $(RUN) -m pytest -n 2 --dist loadfile
 
 test-fast: install
-	JAX_PLATFORMS=cpu $(RUN) -m pytest -m "not slow"
+	JAX_PLATFORMS=cpu $(RUN) -m pytest -n 2 --dist loadfile -m "not slow"
 
 bench: install
 	$(RUN) bench/run.py

@@ -329,7 +329,7 @@ def test_gradient_reaches_critics_only():
 
 
 @functools.cache
-def trainer(groups, steps=400, batch=1024):
+def trainer(groups, steps=600, batch=2048):
   """(method, initial state, jitted state -> (state, health, losses)); the step is the training loop's own."""
   tilt = Tilted(Critic(channels=32, layers=2), 'z')
   method = nce.NCE(Toy(groups), tilt, proposals=200, normaliser_proposals=200)
@@ -418,7 +418,7 @@ def test_contexts_of_negatives_are_the_posteriors():
   np.testing.assert_allclose(logit(method, variables, 0, c, 0 * c), log_ratio(c), atol=0.2)
   grid, eps = (a.ravel() for a in np.meshgrid(c, np.linspace(-1.2, 1.2, 7)))
   got = logit(method, variables, 1, 0.8 * grid + eps, grid)
-  assert np.abs(got).max() < 0.2
+  assert np.abs(got).max() < 0.1
   np.testing.assert_allclose(log_ratio(4 / 3), 1.36, atol=1e-3)
   assert np.abs(got - log_ratio(grid)).max() > 1.0
   log_z, _ = jax.jit(lambda v, x: method.partition(v, x, KEY, 500))(variables, images(500))
