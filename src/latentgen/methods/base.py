@@ -120,8 +120,7 @@ class LatentMethod(Base):
     if 'decoder' not in variables['stats']:
       return variables
 
-    def choose(level, group, prior, context, key):
-      return ancestral(level, group, prior.temper(temperature), context, key)
+    choose = LatentMethod.chooser(self, variables, 'base', temperature)
 
     def one(stats, key):
       _, changed = self._apply(variables['params'], stats, key, 'simulate', n, choose=choose, train=True)
