@@ -165,10 +165,10 @@ def test_base_sampler_and_default_sampler():
     method.sample(variables, KEY, 5, 'gibbs')
 
 
-@pytest.mark.parametrize('eta, steps', [(0.01, 400), (0.2, 60)])
-def test_langevin_reproduces_it_up_to_its_bias(eta, steps):
+@pytest.mark.parametrize('eta, steps, split', [(0.01, 400, False), (0.2, 60, True)])
+def test_langevin_reproduces_it_up_to_its_bias(eta, steps, split):
   """A conditional variance s^2 becomes s^2 / (1 - eta / (4 s^2)), 0.2525 or 0.3125 for 0.25; correlations stay."""
-  method, variables = exact(langevin_steps=steps, step_size=eta)
+  method, variables = exact(split=split, langevin_steps=steps, step_size=eta)
   n = 6000
   z1, z2, _ = simulate(method, variables, n, 'langevin')
   variance = 0.25 / (1 - eta)

@@ -250,3 +250,13 @@ def test_normalisers_of_every_group_at_its_context():
     np.testing.assert_allclose(error.std(), np.sqrt(variance / m), rtol=0.1)
     np.testing.assert_allclose(error[..., :100].mean(), error[..., 100:].mean(), atol=0.01)  # whatever the context
     assert 1 <= float(ess[g].min()) and float(ess[g].max()) <= m
+
+
+def test_normalisers_without_context():
+  """Vectors of a single level: the context has width 0."""
+  trace = trace_of(((1, 2, 3, 4), 0))
+  tilt = Tilted(Critic(channels=4))
+  params = shaken(jax.jit(tilt.init)(KEY, trace))
+  (log_z,), (ess,) = jax.jit(lambda key: tilt.normalisers(params, trace, key, 6, 6))(KEY)
+  assert log_z.shape == ess.shape == (1, 2, 3)
+  assert len(np.unique(log_z)) == 6  # every context its own proposals

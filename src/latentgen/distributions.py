@@ -219,7 +219,7 @@ class DiscretizedLogisticMixture:
       green = clip(loc[..., 1] + self.coeffs[..., 0] * red)
       loc = loc + self._shift(red, green)
     weights = jax.nn.softmax(self.logits, axis=-1)[..., None]
-    return 0.5 * (weights * clip(loc)).sum(-2) + 0.5
+    return jnp.clip(0.5 * (weights * clip(loc)).sum(-2) + 0.5, 0.0, 1.0)  # the sum may round past the ends
 
   def sample(self, key: Array) -> Array:
     """One exact draw, [..., c], of values k / (2^bits - 1)."""
