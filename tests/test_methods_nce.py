@@ -135,7 +135,8 @@ def simulate(method, variables, n, *args):
 
 
 def in_context(x):
-  return Context(batch={'image': x}, key=KEY, step=jnp.zeros((), jnp.int32), stats={'decoder': {'prior': {'mean': jnp.zeros(())}}})
+  stats = {'decoder': {'prior': {'mean': jnp.zeros(())}}}
+  return Context(batch={'image': x}, key=KEY, step=jnp.zeros((), jnp.int32), stats=stats)
 
 
 # ---------------------------------------------------------------------------------------- sampling with the exact ratio
@@ -148,7 +149,7 @@ def test_sir_reproduces_the_aggregate_posterior(split):
   np.testing.assert_allclose([z1.std(), z2.std()], [0.5, 0.5**0.5], atol=0.02)
   assert abs(np.corrcoef(z1, z2)[0, 1] - 0.5**0.5) < 0.03
   contexts = np.concatenate([np.asarray(c) for c in trace.context])[:, 0, :, 0]
-  np.testing.assert_array_equal(contexts, [np.zeros(8000), z1])  # the second group resampled under the first one's choice
+  np.testing.assert_array_equal(contexts, [np.zeros(8000), z1])  # the second group, under the choice of the first
   np.testing.assert_array_equal(trace.px.mean[0, :, 0, :, 0], np.stack([z1, z2], 1))
 
 
@@ -228,7 +229,11 @@ def test_a_constant_in_the_logits_cancels():
   x = images(50)
   few = {'proposals': 20, 'chunk': 20, 'normaliser_proposals': 20}
   (method, right), (_, wrong) = exact(**few), exact(shift=0.7, **few)
-  run = jax.jit(lambda v: (method.trace(v, x, KEY, 3), method.simulate(v, KEY, 50, 'sir'), method.partition(v, x, KEY, 9)))
+
+  @jax.jit
+  def run(v):
+    return method.trace(v, x, KEY, 3), method.simulate(v, KEY, 50, 'sir'), method.partition(v, x, KEY, 9)
+
   (one, drawn, (log_z, ess)), (two, again, (log_z_2, ess_2)) = run(right), run(wrong)
   for a, b in zip(jax.tree.leaves((one, drawn, ess)), jax.tree.leaves((two, again, ess_2)), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
@@ -369,7 +374,8 @@ def trained(which):
 def logit(method, variables, group, z, context):
   """One group's critic by itself, z and context [n]."""
   params = jax.tree.map(lambda p: p[group], variables['params']['critic']['level0']['stack'])
-  return np.asarray(method.tilt.critic.apply({'params': params}, jnp.float32(z)[:, None], jnp.float32(context)[:, None]))
+  z, context = (jnp.float32(a)[:, None] for a in (z, context))
+  return np.asarray(method.tilt.critic.apply({'params': params}, z, context))
 
 
 def log_ratio(z):
@@ -431,7 +437,8 @@ def test_training_leaves_the_network_to_the_bit():
     for kind, group in (('params', 'encoder'), ('params', 'decoder'), ('stats', 'decoder')):
       assert jax.tree.leaves(before[kind][group])
       jax.tree.map(np.testing.assert_array_equal, before[kind][group], after[kind][group])
-    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), before['params']['critic'], after['params']['critic'])
+    critics = (variables['params']['critic'] for variables in (before, after))
+    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), *critics)
     assert max(jax.tree.leaves(moved)) > 0.1
 
 
@@ -448,7 +455,8 @@ def test_latents_without_a_prior_in_closed_form_are_refused():
 
 
 @pytest.mark.parametrize('option, value', [
-  ('coordinates', 'noise'), ('proposals', 0), ('chunk', 0), ('normaliser_proposals', 0), ('samples', 0), ('langevin_steps', 0)
+  ('coordinates', 'noise'), ('proposals', 0), ('chunk', 0), ('normaliser_proposals', 0), ('samples', 0),
+  ('langevin_steps', 0),
 ])  # fmt: skip
 def test_mistakes_name_the_key(option, value):
   with pytest.raises(UserError, match=f'method.{option} is {value!r}'):

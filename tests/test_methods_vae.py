@@ -166,13 +166,13 @@ def test_spectral_weight_is_geometric_along_the_warmup():
 
 def test_metrics_are_per_image():
   kl, log_px = per_group()
-  method = vae.VAE(Given(), beta=7.0, steps=STEPS)
 
   class Two(Given):
     def apply(self, variables, x, k, **kwargs):
+      assert k == 1
       return super().apply(variables, x, 2, **kwargs)
 
-  method = dataclasses.replace(method, net=Two())
+  method = vae.VAE(Two(), beta=7.0, steps=STEPS)
   batch = {'image': jnp.zeros((3, 1, 1, 1))}
   variables = method.init(KEY, batch)
   ctx = Context(batch=batch, key=KEY, step=jnp.zeros((), jnp.int32), stats=variables['stats'])
@@ -297,7 +297,7 @@ def test_training_changes_statistics_of_both_groups():
 
 @pytest.mark.parametrize('t', [1.0, 0.5])
 def test_readjust_reaches_the_statistics_of_prior_samples(t):
-  """Before BatchNorm they are 3 z + 2 with z ~ N(1, (2 t)^2); batches of 16 are short of a sixteenth of the variance."""
+  """Before BatchNorm they are 3 z + 2 with z ~ N(1, (2 t)^2); batches of 16 lack a sixteenth of the variance."""
   method, variables, _ = normalised()
   start = jax.tree.map(lambda a: a + 10.0, variables['stats']['decoder'])  # far off, as after training on images
   variables = {**variables, 'stats': {**variables['stats'], 'decoder': start}}

@@ -128,7 +128,8 @@ def test_stacked_critics_are_each_group_by_itself():
 class Exact:
   """log q / p with p = N(0, 1) and q = N(loc, scale^2) of the noise coordinate, from either coordinate.
 
-  'noise' reads eps, last of what it sees; 'base' reads z, first of what it sees, and the prior's parameters off the context.
+  'noise' reads eps, last of what it sees; 'base' reads z, first of what it sees, and the prior's parameters off the
+  context.
   """
 
   def __init__(self, form):
