@@ -141,6 +141,22 @@ def test_workdir_that_cannot_be_written(tmp_path):
       command.main([f'--config={NCE}', f'--workdir={place}'])
 
 
+def test_data_can_come_from_elsewhere_by_flags(tmp_path):
+  from latentgen import config as configs
+
+  np.savez(tmp_path / 'images.npz', images=np.zeros((40, 8, 8, 1), np.uint8))
+  _, config = configs.load(f'{ROOT / "experiments" / "nvae.py"}:mnist')
+  configs.override(config, {'data.name': 'npz', 'data.path': str(tmp_path / 'images.npz'), 'data.batch_size': '4'})
+  assert configs.plain(config.data) == {
+    'name': 'npz', 'path': str(tmp_path / 'images.npz'), 'batch_size': 4, 'binarize': 'fresh'
+  }  # fmt: skip
+  splits, _, batch = configs.build_data(configs.plain(config.data), 0)
+  assert splits['train'].shape == (8, 8, 1) and batch == 4
+  configs.override(config, {'data.colour': '1'})
+  with pytest.raises(UserError, match='config.data.colour'):
+    configs.build_data(configs.plain(config.data), 0)
+
+
 # ---------------------------------------------------------------------------------------------- whole runs
 
 

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 
 from latentgen.errors import UserError, near
 
+OPEN = ('data', 'model')  # sections whose options belong to what their `name` says, which checks them itself
 TOP_LEVEL = ('data', 'model', 'recipe', 'stages', 'evaluate', 'mesh', 'train', 'seed', 'paper', 'image_shape')
 
 
@@ -80,9 +81,14 @@ def _one_line(error: BaseException) -> str:
 def override(config: ConfigDict, values: Mapping[str, Any]) -> None:
   """Sets dotted keys in place; texts are read as Python literals of the type that the key has.
 
+  A section in OPEN also takes keys that the file does not set, unless they look like a misspelt one. Naming another
+  data set drops the options of the one before.
+
   Raises:
     UserError: an unknown key (with the near miss) or a value of another type.
   """
+  if values.get('data.name', config.data.name) != config.data.name:
+    _drop_source_options(config.data)
   for key, value in values.items():
     *parents, last = key.split('.')
     node = config
@@ -90,6 +96,11 @@ def override(config: ConfigDict, values: Mapping[str, Any]) -> None:
       if not isinstance(node, ConfigDict) or part not in node:
         _unknown('.'.join(parents[: i + 1]), config)
       node = node[part]
+    if parents in [[name] for name in OPEN] and last not in node:
+      if not difflib.get_close_matches(last, node, n=1, cutoff=0.75):
+        with node.unlocked():
+          node[last] = _literal(value)
+        continue
     if not isinstance(node, ConfigDict) or last not in node:
       _unknown(key, config)
     if isinstance(node[last], ConfigDict):
@@ -120,12 +131,25 @@ def _unknown(key: str, config: ConfigDict) -> None:
   raise UserError(f'config.{key} does not exist{hint}')
 
 
+def _drop_source_options(data: ConfigDict) -> None:
+  from latentgen.data import preprocess
+
+  with data.unlocked():
+    for key in set(data) - {'name', 'batch_size', *inspect.signature(preprocess.make).parameters}:
+      del data[key]
+
+
+def _literal(value: Any) -> Any:
+  """A Python literal if the text is one, else the text."""
+  try:
+    return ast.literal_eval({'true': 'True', 'false': 'False', 'none': 'None'}.get(value.lower(), value))
+  except (ValueError, SyntaxError, AttributeError):
+    return value
+
+
 def _coerce(key: str, value: Any, old: Any) -> Any:
   if isinstance(value, str) and not isinstance(old, str):
-    try:
-      value = ast.literal_eval({'true': 'True', 'false': 'False', 'none': 'None'}.get(value.lower(), value))
-    except (ValueError, SyntaxError):
-      pass
+    value = _literal(value)
   if old is None or value is None:
     return value
   if isinstance(old, bool) or isinstance(value, bool):
