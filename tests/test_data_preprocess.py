@@ -128,5 +128,9 @@ def test_what_does_not_go_together(options, key):
 
 
 def test_only_bytes_are_preprocessed():
+  points = {'image': jnp.full((2, 3, 3, 1), -1.5)}
+  np.testing.assert_array_equal(preprocess.make()(KEY, points, True)['image'], points['image'])
   with pytest.raises(TypeError, match='uint8'):
-    preprocess.make()(KEY, {'image': jnp.zeros((2, 3, 3, 1))}, True)
+    preprocess.make(bits=4)(KEY, points, True)
+  with pytest.raises(TypeError, match='uint8'):
+    preprocess.make()(KEY, {'image': jnp.zeros((2, 3, 3, 1), jnp.int32)}, True)

@@ -70,7 +70,7 @@ class Normal:
 class Bernoulli:
   """Elementwise Bernoulli; values strictly inside (0, 1) give the usual cross-entropy.
 
-  log p(x) = x log sigmoid(l) + (1 - x) log sigmoid(-l)
+  log p(x) = x log sigmoid(l) + (1 - x) log sigmoid(-l) = x l - log(1 + exp(l))
 
   Args:
     logits: log-odds of a one, [...].
@@ -85,7 +85,7 @@ class Bernoulli:
 
   def log_prob(self, value: ArrayLike) -> Array:
     """Elementwise log-probability, nats; value in [0, 1]."""
-    return value * jax.nn.log_sigmoid(self.logits) + (1.0 - value) * jax.nn.log_sigmoid(-self.logits)
+    return value * self.logits - jax.nn.softplus(self.logits)
 
   def sample(self, key: Array) -> Array:
     """One draw in {0, 1}, of the dtype of the logits."""

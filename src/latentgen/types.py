@@ -39,7 +39,7 @@ class Trace:
 
   A level is a resolution, coarse to fine; a group is one stochastic layer in it. Per-level leaves are stacked over the g
   groups of the level, as a scan makes them and as vmapped critics want them. A plain VAE is one level with g = 1.
-  Passes that only generate have `log_q = ()`, `kl = None` and `log_px = None`.
+  Passes that only generate have `log_q = ()` and no `kl`, `log_px` or `posterior`.
   """
 
   eps: tuple[Array, ...]  # per level [g, k, b, ...]; noise coordinates under the prior, z = loc + scale * eps
@@ -51,6 +51,7 @@ class Trace:
   prior: tuple[Any, ...] | None  # per level, the Normal p(z_l | z_<l) over [g, k, b, ...]; None if not location-scale
   log_px: Array | None  # [k, b]
   px: Distribution  # decoder output; log_prob(x [b, h, w, c]) is [k, b]
+  posterior: tuple[Any, ...] | None = None  # per level, the Normal q(z_l | z_<l, x) over [g, k, b, ...]; None if not Gaussian
 
   def log_weight(self) -> Array:
     """Importance log-weight log p(x, z) - log q(z | x), [k, b]."""
@@ -167,7 +168,13 @@ class Method(Protocol):
 
 
 class LatentModel(Protocol):
-  """What evaluation reads of a method that has latents, in evaluation mode."""
+  """What evaluation reads of a method that has latents, in evaluation mode.
+
+  Optional, where the method knows such a thing, and traceable as the rest:
+    classify(variables, x [b, h, w, c], key) -> log p(y | x), [b, classes];
+    cluster(variables, x, key) -> log p(component | x), [b, components];
+    mixture(variables) -> distributions.GaussianMixture, the prior over a single group of latents.
+  """
 
   samplers: tuple[str, ...]
 

@@ -36,7 +36,7 @@ def make(
 
   Returns:
     preprocess(key, batch, train), to be traced by jit with `train` static: batch['image'] uint8 [b, h, w, c] becomes
-    float32 [b, h + 2 pad, w + 2 pad, c] in [0, 1], all else stays as it is.
+    float32 [b, h + 2 pad, w + 2 pad, c] in [0, 1], all else stays as it is. With no option set, float32 images stay too.
 
   Raises:
     UserError: a value is out of range, or two do not go together.
@@ -56,8 +56,12 @@ def make(
   if binarize != 'none' and dequantize:
     raise UserError(f"config.data.dequantize needs config.data.binarize = 'none', not {binarize!r}")
 
+  plain = binarize == 'none' and not dequantize and bits == 8 and not pad and not flip
+
   def preprocess(key: Key, batch: Batch, train: bool) -> dict[str, Array]:
     x = jnp.asarray(batch['image'])
+    if x.dtype == jnp.float32 and plain:
+      return dict(batch)
     if x.dtype != jnp.uint8 or x.ndim != 4:
       raise TypeError(f"batch['image'] must be uint8 [b, h, w, c], not {x.dtype} {list(x.shape)}")
     flip_key, pixel_key = jax.random.split(key)

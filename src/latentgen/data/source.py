@@ -20,7 +20,10 @@ class Source(Protocol):
   def __len__(self) -> int: ...
 
   def take(self, indices: Indices) -> dict[str, np.ndarray]:
-    """{'image': uint8 [m, h, w, c], 'label': int32 [m]} of the examples at indices [m]; label -1 if unknown."""
+    """{'image': [m, h, w, c], 'label': int32 [m]} of the examples at indices [m]; label -1 if unknown.
+
+    Images are uint8; float32 where the data are no bytes (points of a toy distribution), and then used as they are.
+    """
     ...
 
   def subset(self, indices: Indices, name: str | None = None) -> 'Source':
@@ -36,21 +39,21 @@ class ArraySource:
   """Images in memory.
 
   Args:
-    images: uint8 [n, h, w, c].
+    images: uint8 or float32 [n, h, w, c].
     labels: int [n], or None.
     name: for messages and reports, such as 'mnist/train'.
     num_classes: labels are below this; default: the largest label + 1, 0 without labels.
 
   Raises:
-    ValueError: images are not uint8 [n, h, w, c], or labels do not fit.
+    ValueError: images are not uint8 or float32 [n, h, w, c], or labels do not fit.
   """
 
   def __init__(
     self, images: np.ndarray, labels: np.ndarray | None = None, name: str = '', num_classes: int | None = None
   ):
     images = np.asarray(images)
-    if images.dtype != np.uint8 or images.ndim != 4:
-      raise ValueError(f'{name}: images must be uint8 [n, h, w, c], not {images.dtype} {list(images.shape)}')
+    if images.dtype not in (np.uint8, np.float32) or images.ndim != 4:
+      raise ValueError(f'{name}: images must be uint8 or float32 [n, h, w, c], not {images.dtype} {list(images.shape)}')
     if labels is None:
       labels, seen = np.full(len(images), -1, np.int32), 0
     else:

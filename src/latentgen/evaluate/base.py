@@ -12,6 +12,7 @@ import zlib
 
 import jax
 from jax.experimental import multihost_utils
+import jax.numpy as jnp
 import numpy as np
 
 from latentgen.data import pipeline
@@ -208,6 +209,34 @@ def per_example(
     found = fetch(compute(subject.variables, raw, key))
     parts.append({name: np.compress(mask, value, axis=axis) for name, value in found.items()})
   return {name: np.concatenate([part[name] for part in parts], axis) for name in parts[0]}
+
+
+def labels(subject: Subject, task: str, split: str, limit: int | None = None) -> np.ndarray:
+  """Labels int32 [n] of what `per_example` visits.
+
+  Raises:
+    UserError: if the data have none.
+  """
+  data = source(subject, task, split)
+  if not data.num_classes:
+    raise UserError(f'config.evaluate.tasks: {task!r} needs labels, and split {split!r} has none; leave it out')
+  return data.take(slice(0, limit))['label']
+
+
+def codes(subject: Subject, task: str, split: str, limit: int | None = None) -> np.ndarray:
+  """What the encoder makes of the images of a split: posterior means, float32 [n, d] over all groups.
+
+  Groups below the first are conditioned on one sample of those above; where the posterior is no Gaussian, its sample
+  stands for its mean.
+  """
+
+  def encode(variables, x, key):
+    trace = subject.method.trace(variables, x, key, 1)
+    levels = trace.z if trace.posterior is None else [q.loc for q in trace.posterior]
+    rows = [z[:, 0].swapaxes(0, 1).reshape(x.shape[0], -1) for z in levels]
+    return {'codes': jnp.concatenate(rows, -1)}
+
+  return per_example(subject, task, encode, split, limit)['codes']
 
 
 def simulations(

@@ -64,7 +64,7 @@ def _terms(prior: Normal, z: Array, context: Array, posterior: Normal | None, ba
   if posterior is not None:
     terms['log_q'] = total(posterior.log_prob(base))  # flows preserve volume
     if base is z:
-      terms['kl'] = total(posterior.kl(prior))
+      terms |= {'kl': total(posterior.kl(prior)), 'posterior': posterior}
   return terms
 
 
@@ -351,6 +351,7 @@ class NVAE(nn.Module):
       **{name: tuple(t[name] for t in terms) for name in ('eps', 'z', 'log_p', 'context', 'prior')},
       log_q=tuple(t['log_q'] for t in terms) if x is not None else (),
       kl=tuple(t['kl'] for t in terms) if 'kl' in terms[0] else None,
+      posterior=tuple(t['posterior'] for t in terms) if 'posterior' in terms[0] else None,
       log_px=None,
       px=images.pixel_likelihood(raw, self.likelihood, self.image_shape[2], self.bits, self.mixtures),
     )

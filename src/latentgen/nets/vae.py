@@ -140,6 +140,7 @@ class VAE(nn.Module):
       log_q=(q.log_prob(z).sum(-1)[None],),
       kl=(q.kl(_prior(z.shape)).sum(-1)[None],),
       log_px=trace.px.log_prob(x),
+      posterior=(jax.tree.map(lambda a: a[None], q),),
     )
 
   def simulate(self, n: int, choose: Choose = ancestral, temperature: float = 1.0, train: bool = False) -> Trace:
