@@ -8,6 +8,7 @@ import ast
 from collections.abc import Callable, Iterable, Mapping
 import dataclasses
 import difflib
+import fnmatch
 import importlib
 import importlib.util
 import inspect
@@ -22,7 +23,8 @@ from ml_collections import ConfigDict
 
 from latentgen.errors import UserError, near
 
-OPEN = ('data', 'model')  # sections whose options belong to what their `name` says, which checks them itself
+OPEN = ('data', 'model', 'evaluate.*', 'stages.*.method', 'stages.*.optim.*')
+# sections whose options belong to what they configure, which checks them itself
 TOP_LEVEL = ('data', 'model', 'recipe', 'stages', 'evaluate', 'mesh', 'train', 'seed', 'paper', 'image_shape')
 
 
@@ -96,7 +98,7 @@ def override(config: ConfigDict, values: Mapping[str, Any]) -> None:
       if not isinstance(node, ConfigDict) or part not in node:
         _unknown('.'.join(parents[: i + 1]), config)
       node = node[part]
-    if parents in [[name] for name in OPEN] and last not in node:
+    if last not in node and any(fnmatch.fnmatchcase('.'.join(parents), pattern) for pattern in OPEN):
       if not difflib.get_close_matches(last, node, n=1, cutoff=0.75):
         with node.unlocked():
           node[last] = _literal(value)

@@ -7,6 +7,8 @@ import optax
 from latentgen.errors import UserError, near
 
 WRAPPER = ('name', 'learning_rate', 'final_learning_rate', 'warmup_steps', 'schedule', 'weight_decay', 'clip_norm')
+SCHEDULES = ('cosine', 'exponential', 'stairs')
+STAIRS, GROWTH = 8, 3  # stair i lasts 3^i parts of the stage
 
 
 def build(
@@ -30,7 +32,8 @@ def build(
     learning_rate: after the warm-up.
     final_learning_rate: at the end of the stage; None keeps `learning_rate`.
     warmup_steps: linear from 0.
-    schedule: 'cosine' or 'exponential', between the two rates.
+    schedule: between the two rates, 'cosine', 'exponential', or 'stairs': 8 constant rates in geometric progression, each
+      held three times as long as the one before (Burda et al., 2015, arXiv 1509.00519, section 5).
     weight_decay: added to the gradient times the parameter before the optimiser (L2, as torch does; optax's adamw decouples).
     clip_norm: clips the global norm of the gradient; 0 is off.
     **options: further arguments of the optax function.
@@ -71,4 +74,8 @@ def _rate(where: str, schedule: str, first: float, last: float | None, steps: in
     return optax.cosine_decay_schedule(first, steps, alpha=last / first)
   if schedule == 'exponential':
     return optax.exponential_decay(first, steps, last / first)
-  raise UserError(f"{where}.schedule is {schedule!r}, need 'cosine' or 'exponential'")
+  if schedule == 'stairs':
+    rates = [first * (last / first) ** (i / (STAIRS - 1)) for i in range(STAIRS)]
+    ends = [round(steps * (GROWTH**i - 1) / (GROWTH**STAIRS - 1)) for i in range(1, STAIRS)]
+    return optax.join_schedules([optax.constant_schedule(rate) for rate in rates], ends)
+  raise UserError(f'{where}.schedule is {schedule!r}{near(schedule, SCHEDULES)}')

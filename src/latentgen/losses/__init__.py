@@ -13,6 +13,7 @@ from latentgen.losses.bounds import (
   miwae,
 )
 from latentgen.losses.cauchy_schwarz import cauchy_schwarz
+from latentgen.losses.estimators import doubly_reparameterised, sticking_the_landing
 from latentgen.losses.kl import free_bits, kl_balance, residual_kl
 from latentgen.losses.likelihood import gaussian_nll, optimal_scale
 from latentgen.losses.nce import nce
@@ -26,6 +27,7 @@ __all__ = [
   'cubo',
   'denoising_score_matching',
   'discriminator',
+  'doubly_reparameterised',
   'effective_sample_size',
   'elbo',
   'eubo',
@@ -43,4 +45,5 @@ __all__ = [
   'r1',
   'residual_kl',
   'sliced_score_matching',
+  'sticking_the_landing',
 ]
