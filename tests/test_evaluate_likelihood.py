@@ -143,6 +143,15 @@ def test_elbo_is_the_closed_form():
   assert results['likelihood/active_groups'].value == 2
 
 
+def test_further_bounds_and_the_kl_to_the_posterior():
+  s = subject(n=40, batch_size=20)
+  results = run_all(s, {'likelihood': {'samples': 3000, 'chunk': 500, 'elbo_samples': 500, 'bounds': (1, 20)}}).results
+  evidence, elbo = exact(images(s)).mean(), results['likelihood/elbo']
+  assert results['likelihood/posterior_kl'].value == pytest.approx(evidence - elbo.value, abs=0.02)
+  assert results['likelihood/iwae_1'].value == pytest.approx(elbo.value, abs=0.5)
+  assert elbo.value < results['likelihood/iwae_20'].value < results['likelihood/iwae'].value + 0.02
+
+
 def test_padding_counts_for_nothing():
   whole = run_all(subject(n=13, batch_size=13, shift=0.0, widen=1.0), {'likelihood': {'samples': 3}}).results
   padded = run_all(subject(n=13, batch_size=5, shift=0.0, widen=1.0), {'likelihood': {'samples': 3}}).results

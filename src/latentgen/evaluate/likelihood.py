@@ -7,6 +7,7 @@ References:
   Y. Burda, R. Grosse, R. Salakhutdinov, Importance Weighted Autoencoders, 2016, arXiv 1509.00519, equation 8.
 """
 
+from collections.abc import Sequence
 import math
 
 import jax
@@ -26,6 +27,7 @@ def run(
   samples: int = 100,
   chunk: int = 25,
   elbo_samples: int = 1,
+  bounds: Sequence[int] = (),
 ) -> Findings:
   """Evaluates the bounds.
 
@@ -36,6 +38,7 @@ def run(
     samples: K of the importance-weighted bound; memory does not depend on it.
     chunk: posterior samples that are in memory at a time; it changes the bound's random numbers, not its law.
     elbo_samples: posterior samples an image in the ELBO, averaged.
+    bounds: further values of K, each with samples of its own.
 
   Returns:
     Findings with, as means over images and standard errors over images:
@@ -43,7 +46,8 @@ def run(
         model has it, else its one-sample estimate;
       kl/level<i>/group<j>  [nats]: the rate of one group;
       likelihood/active_groups: how many of those are above 0.01 nats, averaged over the images;
-      likelihood/iwae  [nats]: log 1/K sum_k p(x, z_k) / q(z_k | x);
+      likelihood/iwae  [nats]: log 1/K sum_k p(x, z_k) / q(z_k | x); likelihood/iwae_<K> likewise for K of `bounds`;
+      likelihood/posterior_kl  [nats]: IWAE minus ELBO, an estimate from below of KL(q(z | x) || p(z | x));
       likelihood/elbo_bits_per_dim, /iwae_bits_per_dim: minus the bound / (ln 2 * h * w * c). For a continuous decoder
         on [0, 1], this counts density on that interval: 8-bit tables lie log2(256) = 8 higher;
       likelihood/ess: effective sample size (sum w)^2 / sum w^2, between 1 and K;
@@ -55,8 +59,10 @@ def run(
   where = 'config.evaluate.likelihood'
   for name, value in (('samples', samples), ('chunk', chunk), ('elbo_samples', elbo_samples)):
     check_count(f'{where}.{name}', value)
+  for value in bounds:
+    check_count(f'{where}.bounds', value)
   found = per_example(
-    subject, 'likelihood', terms(subject.method.trace, samples, chunk, elbo_samples), split, limit, axis=-1
+    subject, 'likelihood', terms(subject.method.trace, samples, chunk, elbo_samples, tuple(bounds)), split, limit, axis=-1
   )
   dims = int(found.pop('dims')[0])
   results: dict[str, Result] = {}
@@ -75,7 +81,7 @@ def run(
   return Findings(results)
 
 
-def terms(trace, samples: int, chunk: int, elbo_samples: int = 1):
+def terms(trace, samples: int, chunk: int, elbo_samples: int = 1, bounds: tuple[int, ...] = ()):
   """Builds the function of a batch that the task maps over a split.
 
   Args:
@@ -83,9 +89,10 @@ def terms(trace, samples: int, chunk: int, elbo_samples: int = 1):
     samples: K.
     chunk: samples in memory at a time; K need not be a multiple of it.
     elbo_samples: samples of the ELBO.
+    bounds: further values of K.
 
   Returns:
-    (variables, x [b, h, w, c], key) -> {name: [b]} for elbo, reconstruction, rate, iwae, ess, dims, and
+    (variables, x [b, h, w, c], key) -> {name: [b]} for elbo, reconstruction, rate, iwae, posterior_kl, ess, dims, iwae_<K>, and
     {'level<i>': [g, b]}.
   """
 
@@ -95,10 +102,16 @@ def terms(trace, samples: int, chunk: int, elbo_samples: int = 1):
     rates = {f'level{i}': rate.mean(1) for i, rate in enumerate(passed.rate())}
     rate = sum(r.sum(0) for r in rates.values())
     reconstruction = passed.log_px.mean(0)
-    iwae, ess = importance(lambda key, k: trace(variables, x, key, k).log_weight(), iwae_key, samples, chunk)
+
+    def log_weight(key, k):
+      return trace(variables, x, key, k).log_weight()
+
+    iwae, ess = importance(log_weight, iwae_key, samples, chunk)
+    more = {f'iwae_{k}': importance(log_weight, jax.random.fold_in(iwae_key, k), k, chunk)[0] for k in bounds}
     dims = jnp.full(x.shape[:1], math.prod(x.shape[1:]))
-    found = {'elbo': reconstruction - rate, 'reconstruction': reconstruction, 'rate': rate, 'iwae': iwae, 'ess': ess}
-    return {**found, **rates, 'dims': dims}
+    elbo = reconstruction - rate
+    found = {'elbo': elbo, 'reconstruction': reconstruction, 'rate': rate, 'iwae': iwae, 'posterior_kl': iwae - elbo, 'ess': ess}
+    return {**found, **more, **rates, 'dims': dims}
 
   return function
 
