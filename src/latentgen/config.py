@@ -134,10 +134,11 @@ def _unknown(key: str, config: ConfigDict) -> None:
 
 
 def _drop_source_options(data: ConfigDict) -> None:
-  from latentgen.data import preprocess
+  from latentgen.data import labels, preprocess
 
+  kept = {'name', 'batch_size', *labels.OPTIONS, *inspect.signature(preprocess.make).parameters}
   with data.unlocked():
-    for key in set(data) - {'name', 'batch_size', *inspect.signature(preprocess.make).parameters}:
+    for key in set(data) - kept:
       del data[key]
 
 
@@ -236,17 +237,22 @@ def split_name(options: Mapping[str, Any], where: str) -> tuple[str, dict[str, A
 def build_data(
   config: Mapping[str, Any], seed: int, shape: tuple[int, ...] | None = None
 ) -> tuple[dict[str, Any], Callable[..., Any], int]:
-  """(splits, preprocess, batch size) of `config.data`; `seed` fixes a fixed binarisation, `shape` stands for the data."""
+  """(splits, preprocess, batch size) of `config.data`.
+
+  `seed` fixes a fixed binarisation and which labels are kept; `shape` stands for the data.
+  """
   import numpy as np
 
   from latentgen import data
-  from latentgen.data import pipeline, preprocess
+  from latentgen.data import labels, pipeline, preprocess
 
   name, options = split_name(config, 'config.data')
   batch_size = options.pop('batch_size', None)
   if not isinstance(batch_size, int) or batch_size < 1:
     raise UserError(f'config.data.batch_size is {batch_size!r}, need a positive whole number')
   steps = {k: options.pop(k) for k in inspect.signature(preprocess.make).parameters if k in options}
+  label_options = {k: options.pop(k) for k in labels.OPTIONS if k in options}
+  labels.check(**label_options)
   if shape:
     blank = data.ArraySource(np.broadcast_to(np.uint8(0), (batch_size, *shape)), None, 'shapes alone')
     splits = dict.fromkeys(data.SPLITS, blank)
@@ -255,6 +261,8 @@ def build_data(
   pipeline.Steps(splits['train'], batch_size, seed)  # complains of a batch that is larger than the split
   if steps.get('binarize') == 'fixed':
     splits = {split: preprocess.binarize_fixed(source, seed) for split, source in splits.items()}
+  if not shape:
+    splits['train'] = labels.few(splits['train'], seed, **label_options)
   return splits, preprocess.make(**steps), batch_size
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from latentgen.data import pipeline
+from latentgen.data.labels import all_labels
 from latentgen.errors import UserError, did_you_mean
 
 Tree = Any
@@ -212,15 +213,38 @@ def per_example(
 
 
 def labels(subject: Subject, task: str, split: str, limit: int | None = None) -> np.ndarray:
-  """Labels int32 [n] of what `per_example` visits.
+  """Labels int32 [n] of what `per_example` visits, all of them known.
 
   Raises:
-    UserError: if the data have none.
+    UserError: if the data have none, or not for all images (`labelled` gives those that have one).
   """
+  found = _known_labels(subject, task, split, limit)
+  if unknown := int((found < 0).sum()):
+    raise UserError(
+      f'config.evaluate.tasks: {task!r} needs the labels of split {split!r}, and {unknown} of its {len(found)} images have'
+      ' none (config.data.labels_per_class); take another split, or leave it out'
+    )
+  return found
+
+
+def labelled(subject: Subject, task: str, split: str, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+  """(rows int64 [m] of what `per_example` visits that have a label, their labels int32 [m]); no image twice.
+
+  Raises:
+    UserError: if there are none.
+  """
+  found = _known_labels(subject, task, split, limit)
+  found = found[: getattr(subject.data[split], 'distinct', len(found))]
+  rows = np.flatnonzero(found >= 0)
+  return rows, found[rows]
+
+
+def _known_labels(subject: Subject, task: str, split: str, limit: int | None) -> np.ndarray:
   data = source(subject, task, split)
-  if not data.num_classes:
+  found = all_labels(data, limit) if data.num_classes else np.empty(0, np.int32)
+  if not (found >= 0).any():
     raise UserError(f'config.evaluate.tasks: {task!r} needs labels, and split {split!r} has none; leave it out')
-  return data.take(slice(0, limit))['label']
+  return found
 
 
 def codes(subject: Subject, task: str, split: str, limit: int | None = None) -> np.ndarray:

@@ -69,11 +69,12 @@ def run(
   test, labels = features.grey_images(subject, 'frechet', split, limit)
   n = len(test)
   check_count(f'{where}.limit (images found)', n, least=2 * blocks)
-  classes = subject.data['train'].num_classes
+  known = train_labels >= 0
+  classes = subject.data['train'].num_classes if known.any() else 0
   results: dict[str, Result] = {}
   if classes:
     kind = 'small_classifier'
-    weights = features.classifier(train, train_labels, classes, named_key(subject.key, kind), steps=steps)
+    weights = features.classifier(train[known], train_labels[known], classes, named_key(subject.key, kind), steps=steps)
     results['small_classifier/accuracy'] = average(features.accuracy(weights, test, labels), 'fraction')
 
     def embed(images):
