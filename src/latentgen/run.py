@@ -46,8 +46,9 @@ def tasks(config: ConfigDict) -> dict[str, dict[str, Any]]:
 
 def _open(command: Command) -> tuple[loop.Run, dict[str, Any]]:
   """The run and its description, all checks done and nothing touched."""
-  tasks(command.config)
+  chosen = tasks(command.config)
   run = configs.build(command.config, command.workdir.absolute())
+  evaluation.check_data(chosen, run.data)
   mine = workdirs.describe(command.file, configs.plain(command.config), command.overrides, run.mesh)
   mine['data'] = {split: {'n': len(source), 'sha256': source.checksum()} for split, source in run.data.items()}
   workdirs.check(command.workdir, mine)

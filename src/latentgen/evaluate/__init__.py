@@ -18,9 +18,11 @@ from latentgen.errors import UserError
 from latentgen.evaluate.base import Findings, Picture, Result, Subject, check_count, named_key, near
 from latentgen.evaluate.writing import write_pictures, write_results
 
-__all__ = ['Findings', 'Picture', 'Result', 'Subject', 'check_tasks', 'run_all', 'write_pictures', 'write_results']
+__all__ = [
+  'Findings', 'Picture', 'Result', 'Subject', 'check_data', 'check_tasks', 'run_all', 'write_pictures', 'write_results'
+]  # fmt: skip
 
-_NO_TASK = ('base', 'charts', 'features', 'grids', 'report', 'statistics', 'writing')  # the other modules here
+_NO_TASK = ('base', 'charts', 'features', 'grids', 'outliers', 'report', 'statistics', 'writing')  # the other modules here
 
 
 def names() -> tuple[str, ...]:
@@ -57,6 +59,22 @@ def check_tasks(tasks: Mapping[str, Mapping[str, Any]]) -> None:
         raise UserError(f'{key}: unknown option{near(option, known)}')
       if type(parameters[option].default) is int and value is not None:  # all whole numbers here are counts
         check_count(key, value)
+
+
+def check_data(tasks: Mapping[str, Mapping[str, Any]], data: Mapping[str, Any]) -> None:
+  """Lets those tasks that have a `check(data, **options)` look at the data, before anything is trained.
+
+  Args:
+    tasks: {task: its options}.
+    data: {split: source}.
+
+  Raises:
+    UserError: what the task cannot work with.
+  """
+  for task, options in tasks.items():
+    check = getattr(task_module(task), 'check', None)
+    if check is not None:
+      check(data, **dict(options or {}))
 
 
 def run_all(subject: Subject, tasks: Mapping[str, Mapping[str, Any]]) -> Findings:
