@@ -33,12 +33,14 @@ def detect(config: ConfigDict, outliers: dict, **options) -> ConfigDict:
 
 
 def fashion() -> ConfigDict:
-  data = dict(name='idx', path='data/fashion_mnist', valid=5000, binarize='fresh', batch_size=64)
+  data = dict(name='idx', path='data/fashion_mnist', valid=5000, binarize='fresh', batch_size=32)
   model = dict(
-    groups=(2, 2), latent=4, channels=8, pre_blocks=2, pre_cells=1, cells_encoder=1, cells_decoder=1, likelihood='bernoulli',
+    groups=(2, 2), latent=4, channels=6, pre_blocks=2, pre_cells=1, cells_encoder=1, cells_decoder=1, squeeze_excite=False,
+    likelihood='bernoulli',
   )  # fmt: skip
-  config = nvae.base(data, model, 2000, 100, (1e-2, 1e-2), 1e-2)
+  config = nvae.base(data, model, 1600, 50, (1e-2, 1e-2), 1e-2)
   config.image_shape = (28, 28, 1)
+  config.train.checkpoint_every_steps = 200
   config.evaluate.likelihood.update(samples=20, chunk=20, limit=1000)
   outliers = dict(mnist=dict(name='idx', path='data/mnist'), noise='noise', inverted='inverted')
   return detect(config, outliers, limit=2000)
