@@ -1,10 +1,10 @@
 """Outliers by a hierarchical VAE: how much of the likelihood do the lower latents owe to having seen the image?
 
-Paper      Maaloe, Fraccaro, Lievin, Winther, "BIVA: A Very Deep Hierarchy of Latent Variables for Generative Modeling", NeurIPS
-           2019, arXiv 1902.02102 (the bound L^{>k}); Havtorn, Frellsen, Hauberg, Maaloe, "Hierarchical VAEs Know What They Don't
-           Know", ICML 2021, arXiv 2102.08248 (the likelihood ratio LLR^{>k}); backbone: experiments/nvae.py.
+Paper      Maaloe, Fraccaro, Lievin, Winther, "BIVA: A Very Deep Hierarchy of Latent Variables for Generative Modeling",
+           NeurIPS 2019, arXiv 1902.02102 (the bound L^{>k}); Havtorn, Frellsen, Hauberg, Maaloe, "Hierarchical VAEs Know What
+           They Don't Know", ICML 2021, arXiv 2102.08248 (the likelihood ratio LLR^{>k}); backbone: experiments/nvae.py.
 Command    python -m latentgen.main --config=experiments/nvae_anomaly.py
-Default    scikit-learn's 8x8 digits at 4 bits without 8 and 9, which are the outliers, as are noise, shuffled and inverted digits;
+Default    scikit-learn's 8x8 digits at 4 bits without 8 and 9, which are outliers, as are noise, shuffled and inverted digits;
            minutes on two CPU cores.
 Variants   :smoke (seconds)  :fashion (trained on binarised Fashion-MNIST, outliers MNIST; twenty minutes on one CPU core)
 

@@ -135,7 +135,8 @@ class Nothing:
 
 def subject(**options):
   splits = {'train': labels.few(source(), 0, **options), 'test': source()}
-  return Subject(Nothing(), {}, splits, lambda key, batch, train: {'image': jnp.float32(batch['image']) / 255}, jax.random.key(0))
+  preprocess = lambda key, batch, train: {'image': jnp.float32(batch['image']) / 255}
+  return Subject(Nothing(), {}, splits, preprocess, jax.random.key(0))
 
 
 def test_tasks_get_true_labels_or_a_message():

@@ -150,12 +150,13 @@ def test_area_is_scikit_learns():
   assert abs(found.value - scipy.stats.norm.cdf(0.7 / 2**0.5)) < 3 * found.stderr
 
 
-def subject(test, train=None, batch_size=64, labels=None, train_labels=None):
+def subject(test, labels=None, train_labels=None):
+  classes = 0 if labels is None else 10
   splits = {
-    'train': ArraySource(images([0.0, 1.0]) if train is None else train, train_labels, 'set/train', 10 if labels is not None else 0),
-    'test': ArraySource(test, labels, 'set/test', 10 if labels is not None else 0),
+    'train': ArraySource(images([0.0, 1.0]), train_labels, 'set/train', classes),
+    'test': ArraySource(test, labels, 'set/test', classes),
   }
-  return Subject(Exact(), {}, splits, plain, jax.random.key(5), batch_size)
+  return Subject(Exact(), {}, splits, plain, jax.random.key(5), 64)
 
 
 def test_task_on_a_set_whose_scores_are_known():
@@ -244,9 +245,10 @@ def test_fixed_binarisation_stays_binary():
 def test_sets_may_be_given_in_three_forms(tmp_path):
   np.savez(tmp_path / 'other.npz', train_images=GREY, test_images=GREY[:5])
   options = dict(name='npz', path=str(tmp_path / 'other.npz'))
-  for wanted, name in ((options, 'other.npz'), (('noise', options), 'other.npz'), ({'mine': options}, 'mine'), ({'name': options}, 'name')):
-    found = make(wanted)
-    np.testing.assert_array_equal(found[name], GREY[:5], err_msg=str(wanted))
+  for wanted, name in (
+    (options, 'other.npz'), (('noise', options), 'other.npz'), ({'mine': options}, 'mine'), ({'name': options}, 'name')
+  ):  # fmt: skip
+    np.testing.assert_array_equal(make(wanted)[name], GREY[:5], err_msg=str(wanted))
   assert list(make({'a': 'noise', 'b': 'inverted'})) == ['in_distribution', 'a', 'b']
   fixed = make(options, image=(GREY > 100).astype(np.uint8) * np.uint8(255))['other.npz']  # binarised as the run's own images
   assert set(np.unique(fixed)) == {0, 255}
@@ -255,7 +257,8 @@ def test_sets_may_be_given_in_three_forms(tmp_path):
 def test_all_sets_see_the_same_preprocessing():
   """Freshly binarised pixels of a grey of 1/2 are ones half of the time, whatever set they are in."""
   half = np.full((300, 2, 2, 1), 128, np.uint8)
-  s = Subject(Pixels(), {}, {'train': ArraySource(half), 'test': ArraySource(half)}, preprocess.make('fresh'), jax.random.key(0))
+  data = {'train': ArraySource(half), 'test': ArraySource(half)}
+  s = Subject(Pixels(), {}, data, preprocess.make('fresh'), jax.random.key(0))
   r = run_all(s, {'anomaly': {'outliers': 'inverted'}}).results
   for name in ('in_distribution', 'inverted'):
     assert r[f'anomaly/{name}/elbo'].value == pytest.approx(2.0, abs=4 / 1200**0.5)

@@ -67,14 +67,16 @@ def preprocess(key, batch, train):
 
 
 def subject(method=Reader(), train=None, test=None, **options):
-  splits = {'train': labels.few(source(150, 0) if train is None else train, 0, **options), 'test': source(90, 1) if test is None else test}
+  train, test = train or source(150, 0), test or source(90, 1)
+  splits = {'train': labels.few(train, 0, **options), 'test': test}
   return Subject(method, {}, splits, preprocess, jax.random.key(2), 64)
 
 
 def test_codes_that_separate_the_classes_need_one_label_each():
   r = run_all(subject(), {'probe': {'counts': (1, 5), 'draws': 4}}).results
-  assert set(r) == {'probe/labels'} | {f'probe/{f}/{n}/accuracy' for f in ('codes', 'pixels') for n in ('labels1', 'labels5', 'all')}
-  for n in ('labels1', 'labels5', 'all'):
+  counts = ('labels1', 'labels5', 'all')
+  assert set(r) == {'probe/labels'} | {f'probe/{f}/{n}/accuracy' for f in ('codes', 'pixels') for n in counts}
+  for n in counts:
     assert r[f'probe/codes/{n}/accuracy'].value == 1.0 and r[f'probe/codes/{n}/accuracy'].stderr == 0.0
     assert r[f'probe/codes/{n}/accuracy'].n == 90
     assert abs(r[f'probe/pixels/{n}/accuracy'].value - 1 / 3) < 0.25  # two bits of one noisy pixel say next to nothing

@@ -10,7 +10,18 @@ import numpy as np
 
 from latentgen.errors import UserError
 from latentgen.evaluate import features
-from latentgen.evaluate.base import Findings, Result, Subject, average, check_count, hook, labelled, named_key, per_example, seed_of
+from latentgen.evaluate.base import (
+  Findings,
+  Result,
+  Subject,
+  average,
+  check_count,
+  hook,
+  labelled,
+  named_key,
+  per_example,
+  seed_of,
+)
 
 
 def run(
@@ -18,16 +29,16 @@ def run(
 ) -> Findings:
   """Classifies a split.
 
-  The supervised classifier is, by cross-validation on the labelled training images, the best of logistic regressions and networks
-  of one hidden layer on pixels, then trained on all of these images; it sees no unlabelled one.
+  The supervised classifier is the best of logistic regressions and networks of one hidden layer on pixels, by cross-validation
+  on the labelled training images, and then trained on all of these; it sees no unlabelled one.
 
   Args:
     subject: what is evaluated; its method has `classify`.
     split: images that are classified; those without label, or of classes that training has no label of, are left out.
     limit: only the first so many of them.
     train_limit: only the first so many training images for the supervised classifier.
-    folds: of the cross-validation, or the labels of the rarest class where these are fewer; with one label a class there is none,
-      and it is a logistic regression.
+    folds: of the cross-validation, or the labels of the rarest class where these are fewer; with one label of a class there is
+      none, and it is a logistic regression.
 
   Returns:
     classification/<model or supervised>/error  [fraction] and /nll  [nats]: mean of -log p(y | x), for the supervised one at

@@ -110,7 +110,8 @@ def _other(name: str, options: dict[str, Any], split: str, like: Source) -> Sour
     raise UserError(str(error).replace('config.data.', f'{WHERE}.')) from error
   other = loaded[split] if split in loaded else loaded['test']
   if tuple(other.shape) != tuple(like.shape):
-    raise UserError(f'{WHERE}: images of {name!r} are {tuple(other.shape)}, those of the run {tuple(like.shape)}; they must match')
+    shapes = tuple(other.shape), tuple(like.shape)
+    raise UserError(f'{WHERE}: images of {name!r} are {shapes[0]}, those of the run {shapes[1]}; they must match')
   mine, theirs = (source.take(slice(0, 64))['image'] for source in (like, other))
   if mine.dtype != theirs.dtype:
     raise UserError(f'{WHERE}: images of {name!r} are {theirs.dtype}, those of the run {mine.dtype}; they must match')
