@@ -1,6 +1,7 @@
 """L^{>k} and the likelihood ratio on an exact linear-Gaussian hierarchy, detection by hand, and the sets of outliers."""
 
 import dataclasses
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +10,14 @@ import pytest
 import scipy.stats
 from sklearn import metrics
 
+from latentgen import config as configs
 from latentgen.data import ArraySource, preprocess
 from latentgen.distributions import Independent, Normal
 from latentgen.errors import UserError
 from latentgen.evaluate import Subject, anomaly, check_data, outliers, run_all
 from latentgen.types import Trace, ancestral
 
+EXPERIMENTS = pathlib.Path(__file__).parents[1] / 'experiments'
 # x: (L^{>1}, LLR^{>1}, LLR^{>2}) of Exact, with the lower latents sampled
 TABLE = {0.0: (-2.22778, 0.85069, 1.19528), 2.0: (-3.98778, 1.81069, 4.39528), 4.0: (-9.26778, 4.69069, 13.99528)}
 
@@ -307,6 +310,13 @@ def test_bad_sets_are_refused_before_training(options, words):
     check_data({'likelihood': {}, 'anomaly': {'outliers': 'noise', **options}}, data)
   for word in words:
     assert word in str(caught.value), str(caught.value)
+
+
+def test_paths_of_another_data_set_are_flags():
+  _, config = configs.load(f'{EXPERIMENTS / "nvae_anomaly.py"}:fashion')
+  configs.override(config, {'evaluate.anomaly.outliers.mnist.path': 'elsewhere'})
+  wanted = outliers.named(configs.plain(config.evaluate.anomaly.outliers))
+  assert wanted['mnist'] == dict(name='idx', path='elsewhere') and wanted['noise'] == 'noise'
 
 
 @pytest.mark.parametrize(
