@@ -1,12 +1,15 @@
-"""Optimisers by name: optax, with a learning-rate schedule, L2 decay and clipping around it."""
+"""Optimisers by name: optax, with a learning-rate schedule, L2 decay, clipping and factors by parameter around it."""
 
+from collections.abc import Sequence
 import inspect
+import re
 
+import jax
 import optax
 
 from latentgen.errors import UserError, near
 
-WRAPPER = ('name', 'learning_rate', 'final_learning_rate', 'warmup_steps', 'schedule', 'weight_decay', 'clip_norm')
+WRAPPER = ('name', 'learning_rate', 'final_learning_rate', 'warmup_steps', 'schedule', 'weight_decay', 'clip_norm', 'rates')
 SCHEDULES = ('cosine', 'exponential', 'stairs')
 STAIRS, GROWTH = 8, 3  # stair i lasts 3^i parts of the stage
 
@@ -21,6 +24,7 @@ def build(
   schedule: str = 'cosine',
   weight_decay: float = 0.0,
   clip_norm: float = 0.0,
+  rates: Sequence[tuple[str, float]] = (),
   **options,
 ) -> optax.GradientTransformation:
   """An optimiser as a config names it.
@@ -36,6 +40,8 @@ def build(
       held three times as long as the one before (Burda et al., 2015, arXiv 1509.00519, section 5).
     weight_decay: added to the gradient times the parameter before the optimiser (L2, as torch does; optax's adamw decouples).
     clip_norm: clips the global norm of the gradient; 0 is off.
+    rates: pairs (regular expression over 'decoder/log_scale' and the like, factor on the learning rate); the first match
+      wins, and what none matches has factor 1.
     **options: further arguments of the optax function.
 
   Raises:
@@ -64,7 +70,39 @@ def build(
   chain = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
   if weight_decay:
     chain.append(optax.add_decayed_weights(weight_decay))
-  return optax.chain(*chain, function(learning_rate=rate, **options))
+  chain.append(function(learning_rate=rate, **options))
+  if rates:
+    chain.append(_scaled(f'{where}.rates', rates))
+  return optax.chain(*chain)
+
+
+def _scaled(where: str, rates: Sequence[tuple[str, float]]) -> optax.GradientTransformation:
+  """Multiplies the steps of the parameters whose path a pattern matches; has no state."""
+  for rule in rates:
+    good = isinstance(rule, Sequence) and len(rule) == 2 and isinstance(rule[0], str) and isinstance(rule[1], (int, float))
+    if not good or isinstance(rule[1], bool) or not rule[1] > 0:
+      raise UserError(f'{where} holds {rule!r}, need pairs of a regular expression and a positive factor')
+    try:
+      re.compile(rule[0])
+    except re.error as error:
+      raise UserError(f'{where} holds {rule[0]!r}, which is no regular expression: {error}') from error
+
+  def factor(path) -> float:
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    return next((factor for pattern, factor in rates if re.search(pattern, name)), 1.0)
+
+  def init(params):
+    names = [jax.tree_util.keystr(path, simple=True, separator='/') for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    for pattern, _ in rates:
+      if not any(re.search(pattern, name) for name in names):
+        raise UserError(f'{where}: no parameter matches {pattern!r}; there are {", ".join(names[:20])}')
+    return optax.EmptyState()
+
+  def update(updates, state, params=None):
+    del params
+    return jax.tree_util.tree_map_with_path(lambda path, u: factor(path) * u, updates), state
+
+  return optax.GradientTransformation(init, update)
 
 
 def _rate(where: str, schedule: str, first: float, last: float | None, steps: int) -> optax.Schedule:

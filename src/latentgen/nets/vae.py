@@ -1,7 +1,8 @@
 """The plain VAE: one group of latents, a diagonal Gaussian posterior, prior N(0, I); fully connected or convolutional.
 
-Kingma and Welling, "Auto-Encoding Variational Bayes", 2013, arXiv 1312.6114. Learned noise: Rybkin, Daniilidis and
-Levine, "Simple and Effective VAE Training with Calibrated Decoders", 2020, arXiv 2006.13202.
+Kingma and Welling, "Auto-Encoding Variational Bayes", 2013, arXiv 1312.6114. Learned noise: Lin, Roberts, Trigoni and
+Clark, "Balancing Reconstruction Quality and Regularisation in ELBO for VAEs", 2019, arXiv 1909.03765; Rybkin, Daniilidis
+and Levine, "Simple and Effective VAE Training with Calibrated Decoders", 2020, arXiv 2006.13202.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,18 +16,30 @@ import jax.numpy as jnp
 
 from latentgen.distributions import Independent, Normal
 from latentgen.errors import UserError, near
+from latentgen.losses import optimal_scale
 from latentgen.nets import images
 from latentgen.nets.layers import Conv
 from latentgen.types import Array, Choose, Distribution, Trace, ancestral
 
 ACTIVATIONS = ('relu', 'tanh', 'swish', 'elu', 'gelu', 'softplus', 'leaky_relu', 'sigmoid')
-SCALES = ('learned', 'image', 'pixel')
-LOG_SCALE_FLOOR = -6.0  # about half a level of 8 bits
+SCALES = ('learned', 'analytic', 'image', 'pixel')
+MOMENTUM = 0.99  # of the running average of 'analytic'
 
 
-def _floored(log_scale: Array) -> Array:
-  """exp of a log standard deviation that is softly kept above the floor."""
-  return jnp.exp(LOG_SCALE_FLOOR + jax.nn.softplus(log_scale.astype(jnp.float32) - LOG_SCALE_FLOOR))
+def soft_clip(log_scale: Array, low: float | None, high: float | None) -> Array:
+  """Softly between two bounds, either of which may be missing.
+
+  low + softplus(x - low), then high - softplus(high - x): strictly increasing, and x itself far from the bounds.
+
+  Args:
+    log_scale: log standard deviation, any shape.
+    low: floor, or None.
+    high: ceiling, or None.
+  """
+  x = log_scale.astype(jnp.float32)
+  if low is not None:
+    x = low + jax.nn.softplus(x - low)
+  return x if high is None else high - jax.nn.softplus(high - x)
 
 
 class Encoder(nn.Module):
@@ -93,9 +106,15 @@ class VAE(nn.Module):
       strided convolutions, each of which halves the map (zero-padded where needed).
     activation: one of ACTIVATIONS.
     conv: convolutional.
-    likelihood: 'bernoulli', 'normal' (unbounded mean, in the units of the image), or 'dmol'.
-    scale: standard deviation of the normal likelihood: a number; or 'learned', one parameter; 'image', of z; 'pixel',
-      of z for every pixel and channel. Learned ones start near 1 and stay above exp(-6).
+    likelihood: 'bernoulli', 'normal' (in the units of the image), or 'dmol'.
+    bounded: the normal likelihood's mean goes through a sigmoid; else it is unbounded.
+    scale: standard deviation of the normal likelihood: a number; or 'learned', one parameter; 'analytic', the root mean
+      square error of the batch in training, of its running average in evaluation and samples; 'image', of z; 'pixel',
+      of z for every pixel and channel.
+    log_scale: log standard deviation that those which are not a number start at (at or near it).
+    log_scale_floor: soft lower bound (hard for 'analytic'); None is no bound. The default, exp(-6), is about half a level
+      of 8 bits.
+    log_scale_ceiling: upper bound, likewise.
     mixtures: components (dmol).
     bits: bits a pixel (dmol).
     dtype: of layers, 'float32' or 'bfloat16'; parameters and densities are float32.
@@ -107,7 +126,11 @@ class VAE(nn.Module):
   activation: str = 'relu'
   conv: bool = False
   likelihood: str = 'bernoulli'
+  bounded: bool = False
   scale: float | str = 1.0
+  log_scale: float = 0.0
+  log_scale_floor: float | None = -6.0
+  log_scale_ceiling: float | None = None
   mixtures: int = 10
   bits: int = 8
   dtype: str = 'float32'
@@ -118,10 +141,13 @@ class VAE(nn.Module):
     outputs = images.num_parameters(self.likelihood, channels, self.mixtures)
     if self.likelihood == 'normal':
       outputs = 2 * channels if self.scale == 'pixel' else channels
+      start = nn.initializers.constant(self.log_scale)
       if self.scale == 'learned':
-        self.log_scale = self.param('log_scale', nn.initializers.zeros, ())
+        self.noise = self.param('log_scale', start, ())
+      elif self.scale == 'analytic':
+        self.mse = self.variable('batch_stats', 'mse', lambda: jnp.asarray(math.exp(2.0 * self.log_scale), jnp.float32))
       elif self.scale == 'image':
-        self.noise = nn.Dense(1, kernel_init=nn.initializers.zeros)
+        self.noise = nn.Dense(1, kernel_init=nn.initializers.zeros, bias_init=start)
     self.encoder = Encoder(self.latent, *common)
     self.decoder = Decoder(self.image_shape, outputs, *common)
 
@@ -131,11 +157,12 @@ class VAE(nn.Module):
 
   def infer(self, x: Array, k: int = 1, train: bool = False) -> Trace:
     """Posterior pass, [b, h, w, c] in [0, 1] -> Trace."""
-    del train
     loc, log_scale = self.encoder(x)
     q = Normal(*(jnp.broadcast_to(a, (k, *a.shape)) for a in (loc, jnp.exp(log_scale))))
     z = q.sample(self.make_rng('sample'))
     trace = self._trace(z)
+    if train and self.scale == 'analytic' and self.likelihood == 'normal':
+      trace = trace.replace(px=self._fit(trace.px.base.loc, x))
     return trace.replace(
       log_q=(q.log_prob(z).sum(-1)[None],),
       kl=(q.kl(_prior(z.shape)).sum(-1)[None],),
@@ -162,15 +189,34 @@ class VAE(nn.Module):
     if self.likelihood != 'normal':
       return images.pixel_likelihood(raw, self.likelihood, channels, self.bits, self.mixtures)
     loc = raw[..., :channels]
+    if self.bounded:
+      loc = nn.sigmoid(loc)
     if self.scale == 'learned':
-      scale = _floored(self.log_scale)
+      scale = self._exp(self.noise)
+    elif self.scale == 'analytic':
+      scale = jnp.sqrt(self.mse.value)
     elif self.scale == 'image':
-      scale = _floored(self.noise(z))[..., None, None]
+      scale = self._exp(self.noise(z))[..., None, None]
     elif self.scale == 'pixel':
-      scale = _floored(raw[..., channels:])
+      scale = self._exp(self.log_scale + raw[..., channels:])
     else:
       scale = jnp.asarray(self.scale, jnp.float32)
-    return Independent(Normal(loc, jnp.broadcast_to(scale, loc.shape)), 3)
+    return _normal(loc, scale)
+
+  def _exp(self, log_scale: Array) -> Array:
+    return jnp.exp(soft_clip(log_scale, self.log_scale_floor, self.log_scale_ceiling))
+
+  def _fit(self, loc: Array, x: Array) -> Distribution:
+    """The normal around loc [k, b, h, w, c] whose one scale is the best for these images; the gradient flows through it.
+
+    scale^2 = mean (x - loc)^2 over samples, images, pixels and channels: of the whole batch, also where it is sharded.
+    """
+    low, high = (None if bound is None else math.exp(bound) for bound in (self.log_scale_floor, self.log_scale_ceiling))
+    scale = optimal_scale(x, loc, floor=low or 0.0)
+    scale = scale if high is None else jnp.minimum(scale, high)
+    if self.is_mutable_collection('batch_stats'):
+      self.mse.value = MOMENTUM * self.mse.value + (1.0 - MOMENTUM) * jax.lax.stop_gradient(jnp.square(scale))
+    return _normal(loc, scale)
 
   def _trace(self, z: Array) -> Trace:
     """What generation alone knows, z [k, b, latent]."""
@@ -186,6 +232,10 @@ class VAE(nn.Module):
       log_px=None,
       px=self.decode(z),
     )
+
+
+def _normal(loc: Array, scale: Array) -> Independent:
+  return Independent(Normal(loc, jnp.broadcast_to(scale, loc.shape)), 3)
 
 
 def _prior(shape: tuple[int, ...]) -> Normal:
@@ -206,6 +256,15 @@ def build(image_shape: Sequence[int], **options: Any) -> VAE:
     raise UserError(f'model.likelihood is {net.likelihood!r}{near(net.likelihood, images.LIKELIHOODS)}')
   if isinstance(net.scale, str) and net.scale not in SCALES or not isinstance(net.scale, str) and not net.scale > 0:
     raise UserError(f'model.scale is {net.scale!r}: a positive number or one of {", ".join(SCALES)}')
+  low, high = net.log_scale_floor, net.log_scale_ceiling
+  for key, value in (('log_scale_floor', low), ('log_scale_ceiling', high), ('log_scale', net.log_scale)):
+    optional = value is None and key != 'log_scale'
+    if not optional and (isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value)):
+      raise UserError(f'model.{key} is {value!r}, need a number{"" if key == "log_scale" else " or None"}')
+  if low is not None and high is not None and low >= high:
+    raise UserError(f'model.log_scale_floor is {low}, need less than model.log_scale_ceiling, {high}')
+  if not isinstance(net.bounded, bool):
+    raise UserError(f'model.bounded is {net.bounded!r}, need True or False')
   if net.dtype not in ('float32', 'bfloat16'):
     raise UserError(f"model.dtype is {net.dtype!r}, not 'float32' or 'bfloat16'")
   if net.conv and not net.hidden:
