@@ -11,7 +11,7 @@ import sys
 
 from latentgen.errors import TrainingDiverged, UserError, did_you_mean
 
-MODES = ('train', 'evaluate', 'sample', 'estimate')
+MODES = ('train', 'evaluate', 'sample', 'estimate', 'collect')
 
 
 class _Parser(argparse.ArgumentParser):
@@ -30,8 +30,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
   parser.add_argument('--workdir', help='where the run lives; default runs/<experiment>[-variant]')
   parser.add_argument('--mode', default='train', choices=MODES, help='train resumes by itself and ends with a report')
   parser.add_argument('--distributed', default='auto', choices=('auto', 'on', 'off'), help='several hosts')
-  parser.add_argument('--sweep', metavar='NAME', help='runs the override sets that sweep(NAME) of the file yields')
-  parser.add_argument('--sweep_index', type=int, metavar='I', help='only the I-th of them')
+  parser.add_argument('--sweep', metavar='NAME', help='runs the override sets of sweep(NAME), then shows them on one page')
+  parser.add_argument('--sweep_index', type=int, metavar='I', help='only the I-th of them; the page by --mode=collect')
   parser.add_argument('--sampler', help='mode sample: one of the samplers of the last stage')
   parser.add_argument('--num', type=int, default=64, help='mode sample: number of images')
   parser.add_argument('--temperature', type=float, default=1.0, help='mode sample: factor on the deviations of the base prior')
@@ -93,17 +93,28 @@ def main(argv: Sequence[str]) -> None:
   """Runs the command; raises UserError instead of exiting."""
   flags, overrides = parse(argv)
   start_jax(flags.distributed)
-  from latentgen import config as configs, run
+  from latentgen import config as configs, run, sweeps
 
   file, config = configs.load(flags.config)
   if flags.sweep is None and flags.sweep_index is not None:
     raise UserError('--sweep_index needs --sweep=NAME')
-  for name, values in sweep(file, flags.sweep, flags.sweep_index):
+  if flags.sweep_index is not None and flags.mode == 'collect':
+    raise UserError('--mode=collect shows all runs of a sweep; leave --sweep_index out')
+  if flags.mode == 'collect' and flags.sweep is None:
+    raise UserError('--mode=collect needs --sweep=NAME')
+  members = sweep(file, flags.sweep, flags.sweep_index)
+  workdir = pathlib.Path(flags.workdir or pathlib.Path('runs') / file.name)
+  whole = flags.sweep is not None and flags.sweep_index is None and flags.mode in ('train', 'evaluate', 'collect')
+  sets = [values for _, values in members]
+  if whole:
+    sweeps.check(file, flags.sweep, sets)
+  for name, values in members if flags.mode != 'collect' else ():
     one = config.copy_and_resolve_references() if values else config
     configs.override(one, {**values, **overrides})
-    workdir = pathlib.Path(flags.workdir or pathlib.Path('runs') / file.name)
     command = run.Command(file, one, {**values, **overrides}, workdir / name if name else workdir, flags)
     getattr(run, flags.mode)(command)
+  if whole:
+    sweeps.collect(file, flags.sweep, sets, workdir)
 
 
 def sweep(file, name: str | None, index: int | None):

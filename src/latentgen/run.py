@@ -1,4 +1,4 @@
-"""What the four modes of the command line do."""
+"""What the modes of the command line do; `collect` is in sweeps.py."""
 
 import argparse
 import dataclasses

@@ -59,12 +59,7 @@ def write(
   settings = config['config'] if isinstance(config.get('config'), Mapping) else config
   known = META if settings is not config else ()
   meta = [(name, summary(config[name])) for name in known if config.get(name) not in (None, '', {})]
-  environment = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent), undefined=jinja2.StrictUndefined,
-    autoescape=True, trim_blocks=True, lstrip_blocks=True,
-  )  # fmt: skip
-  environment.filters |= {'number': number, 'error': error}
-  page = environment.get_template('report.html.jinja').render(
+  page = environment().get_template('report.html.jinja').render(
     title=title or workdir.name,
     run=workdir.name,
     about=about,
@@ -81,6 +76,16 @@ def write(
   path = workdir / 'report.html'
   replace_file(path, page.encode())
   return path
+
+
+def environment() -> jinja2.Environment:
+  """Where the templates of pages are found; all that they show is escaped."""
+  found = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent), undefined=jinja2.StrictUndefined,
+    autoescape=True, trim_blocks=True, lstrip_blocks=True,
+  )  # fmt: skip
+  found.filters |= {'number': number, 'error': error}
+  return found
 
 
 # ---------------------------------------------------------------------------------------------- text and numbers
@@ -155,10 +160,11 @@ def _inline(picture: Mapping[str, Any], workdir: pathlib.Path) -> dict[str, Any]
   with Image.open(path) as image:
     width, height = image.size
   found = {'title': picture['title'], 'caption': picture.get('caption', ''), 'stem': path.stem}
-  return {**found, 'source': _data('image/png', path.read_bytes()), 'broad': width > 1.8 * height}
+  return {**found, 'source': data('image/png', path.read_bytes()), 'broad': width > 1.8 * height}
 
 
-def _data(kind: str, content: bytes) -> str:
+def data(kind: str, content: bytes) -> str:
+  """A data: URL, so that a page needs no other file."""
   return f'data:{kind};base64,{base64.b64encode(content).decode()}'
 
 
@@ -178,7 +184,7 @@ def curves(metrics: Iterable[Mapping[str, Any]]) -> dict[str, list[dict[str, str
   charted: dict[str, list[dict[str, str]]] = {}
   for (stage, family), lines in sorted(series.items(), key=lambda item: natural(item[0][1])):
     if any(len(points) > 1 for points in lines.values()):
-      charted.setdefault(stage, []).append({'title': family, 'source': _data('image/svg+xml', _chart(lines))})
+      charted.setdefault(stage, []).append({'title': family, 'source': data('image/svg+xml', _chart(lines))})
   order = list(dict.fromkeys(stage for stage, _ in series))
   return {stage: charted[stage] for stage in order if stage in charted}
 

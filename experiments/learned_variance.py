@@ -1,0 +1,102 @@
+"""Learned noise variance: a VAE whose Gaussian decoder learns how large its errors are.
+
+Paper      Lin, Roberts, Trigoni, Clark, "Balancing Reconstruction Quality and Regularisation in ELBO for VAEs", 2019,
+           arXiv 1909.03765; Rybkin, Daniilidis, Levine, "Simple and Effective VAE Training with Calibrated Decoders", 2020,
+           arXiv 2006.13202.
+Command    python -m latentgen.main --config=experiments/learned_variance.py
+           python -m latentgen.main --config=experiments/learned_variance.py:beta --sweep=beta
+Default    scikit-learn's 8x8 digits at 4 bits, dequantised, one sigma for all pixels; minutes on two CPU cores.
+Variants   :smoke (seconds)  :per_image  :per_pixel  :analytic, another sigma
+           :beta, sigma fixed at 1, and by --sweep=beta at 1 ... 0.01 and learned, with one page that shows them together
+           :mnist  :fashion, the sizes of the first author's later code; data prepared once by tensorflow-datasets, or IDX files
+           by --config.data.name=idx --config.data.path=DIR
+
+At the optimum sigma^2 is the mean square error, so that the squared error has the weight 1 / (2 MSE): what a beta-VAE with
+squared error / 2 searches by hand as beta = sigma^2.
+
+Deviations. Of Lin et al. only the abstract could be read, of Rybkin et al. not the appendices (paper / here / why):
+  sigma of an image from x or from z: unread / a function of z / samples have one too
+  8-bit values as they are / 4 bits plus uniform noise (digits), 8 bits plus noise (others) / a density on the real line may
+    not gain by being narrower than a grey level; the bound is one on probabilities after D log(levels)
+  learning rate of sigma 5/3 of the network's / 10 times, from sigma = 0.5 / 4,000 steps of the network's rate move log sigma by
+    less than a unit or two; with the factor it is at its optimum early
+  bits/dim or nats of 28x28 images in [0, 1] / the same / comparable but for dequantisation
+  trained on the full training split / the step with the best validation bound / a small set is overfitted, the more the
+    smaller sigma is
+"""
+
+import math
+
+from ml_collections import ConfigDict
+import nvae
+
+SIGMAS = dict(per_image='image', per_pixel='pixel', analytic='analytic')
+SIZES = dict(  # dataset of tensorflow-datasets, latent
+  mnist=('mnist', 8),
+  fashion=('fashion_mnist', 16),
+)
+VARIANTS = ('smoke', *SIGMAS, 'beta', *SIZES)
+FIXED = (1.0, 0.3, 0.1, 0.05, 0.03, 0.01)
+LOG_HALF = math.log(0.5)
+
+PAPER = [
+  dict(name='MNIST, shared sigma, minus the bound in nats', paper=-896.1, ours='likelihood/elbo', note='opposite sign; not dequantised'),
+  dict(name='MNIST, sigma = 1', paper=740.5, ours='', note='minus the bound'),
+  dict(name='MNIST, sigma of every pixel', paper=-2895, ours='', note='minus the bound; FID 132.5 against 32.18 of the shared one'),
+]
+
+SWEEP_CHARTS = dict(
+  beta=[
+    dict(x='model.scale', y='likelihood/elbo', log='x'),
+    dict(x='likelihood/rate', y='uncertainty/rmse', label='model.scale'),
+    dict(x='likelihood/rate', y='likelihood/reconstruction', label='model.scale'),
+    dict(x='model.scale', y='frechet_small_classifier/base', log='x'),
+  ]
+)
+
+
+def sweep(name: str) -> list[dict]:
+  """--sweep=beta: fixed sigmas and the learned one; --sweep=sigma: the kinds of learned ones."""
+  learned = {'model.scale': 'learned'}
+  return {
+    'beta': [*({'model.scale': value} for value in FIXED), learned],
+    'sigma': [learned, *({'model.scale': kind} for kind in SIGMAS.values())],
+  }[name]
+
+
+def get_config(variant: str = '') -> ConfigDict:
+  config = nvae.get_config('mnist' if variant in SIZES else 'smoke' if variant == 'smoke' else '')
+  stage = config.stages.vae
+  with config.unlocked():
+    model = dict(name='vae', latent=8, hidden=(256, 256), likelihood='normal', bounded=True, scale='learned')
+    config.model = ConfigDict(dict(model, log_scale=LOG_HALF))
+    config.data.dequantize = True
+    config.paper = ()
+    config.evaluate.tasks = ('likelihood', 'uncertainty', 'frechet', 'samples')
+    config.evaluate.uncertainty = dict(samples=4)
+    stage.best = 'nelbo'
+  stage.method.update(balance=False, spectral=(0.0, 0.0), warmup_portion=0.0)
+  optim = dict(name='adam', learning_rate=1e-3, final_learning_rate=1e-4, warmup_steps=0, weight_decay=0.0)
+  optim['rates'] = (('log_scale', 10.0),)
+  stage.optim.vae = ConfigDict(optim)
+  if variant in SIZES:
+    dataset, latent = SIZES[variant]
+    with config.unlocked():
+      config.data = ConfigDict(dict(name='tfds', dataset=dataset, valid=5000, in_memory=True, dequantize=True, batch_size=256))
+      config.model.update(latent=latent, hidden=(256,))
+      config.paper = PAPER if variant == 'mnist' else ()
+    stage.steps = 30 * (55_000 // 256)
+    stage.optim.vae.update(learning_rate=3e-4, final_learning_rate=3e-4, rates=(('log_scale', 5 / 3),))
+  elif variant == 'smoke':
+    config.model.hidden = (16,)
+    config.evaluate.uncertainty.update(limit=40, images=2)
+  else:
+    stage.steps = 4000
+  if variant in SIGMAS:
+    config.model.scale = SIGMAS[variant]
+  if variant in SIGMAS or variant == 'beta':
+    stage.optim.vae.rates = ()
+  if variant == 'beta':
+    with config.unlocked():
+      del config.model['scale']  # 1, unless a flag or the sweep says otherwise
+  return config
