@@ -2,6 +2,10 @@
 
 import functools
 import math
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 from jax.flatten_util import ravel_pytree
@@ -11,7 +15,7 @@ import optax
 import pytest
 from scipy import optimize, stats
 
-from latentgen import losses, nets, optim
+from latentgen import config as configs, losses, nets, optim
 from latentgen.distributions import Normal
 from latentgen.errors import UserError
 from latentgen.methods import vae as method
@@ -454,3 +458,46 @@ def test_mistakes_name_the_key(options, message):
   with pytest.raises(UserError, match=message) as error:
     vae.build((4, 4, 1), likelihood='normal', **options)
   assert '\n' not in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------- data, devices
+
+
+def test_dequantised_digits_leave_no_density_to_gain_below_a_level():
+  """Pixels that are always 0 spread as U[0, 1/16), far above the floor; without the noise their best scale is none."""
+  root = pathlib.Path(__file__).parents[1]
+  _, config = configs.load(f'{root}/experiments/learned_variance.py')
+  splits, preprocess, _ = configs.build_data(configs.plain(config.data), 0)
+  raw = splits['train'].take(slice(0, None))
+  x = np.asarray(preprocess(KEY, raw, True)['image'], np.float64)
+  constant = raw['image'].max(0) == 0
+  assert constant.sum() >= 1 and raw['image'].max() == 255
+  np.testing.assert_allclose(x[:, constant].std(0), 1 / 16 / math.sqrt(12), rtol=0.1)
+  assert math.log(x.std(0).min()) > vae.VAE.log_scale_floor + 1.5
+  # Even the normal of every pixel's own moments stays below the density of a known grey level, log 16 a pixel.
+  assert stats.norm(x.mean(0), x.std(0)).logpdf(x).mean() < math.log(16)
+
+
+SHARDED = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from latentgen.nets import vae
+assert jax.device_count() == 2
+x = jnp.concatenate([jnp.full((4, 1, 6, 1), 0.1), jnp.full((4, 1, 6, 1), 0.7)])
+x = jax.device_put(x, NamedSharding(jax.make_mesh((2,), ('data',)), P('data')))
+net = vae.build((1, 6, 1), latent=1, hidden=(), likelihood='normal', scale='analytic')
+params = jax.tree.map(jnp.zeros_like, net.init({'params': jax.random.key(0), 'sample': jax.random.key(0)}, x)['params'])
+run = lambda x: net.apply({'params': params, 'batch_stats': {'mse': jnp.float32(1)}}, x, train=True, method='infer',
+                          mutable=['batch_stats'], rngs={'sample': jax.random.key(0)})
+trace, changed = jax.jit(run)(x)
+np.testing.assert_allclose(trace.px.base.scale, (0.5 * (0.01 + 0.49)) ** 0.5, rtol=1e-5)
+np.testing.assert_allclose(changed['batch_stats']['mse'], 0.99 + 0.01 * 0.25, rtol=1e-5)
+"""
+
+
+@pytest.mark.slow
+def test_analytic_scale_is_of_the_whole_batch_where_it_is_split_over_devices():
+  path = str(pathlib.Path(__file__).parents[1] / 'src')
+  env = {**os.environ, 'PYTHONPATH': path, 'XLA_FLAGS': '--xla_force_host_platform_device_count=2'}
+  done = subprocess.run([sys.executable, '-c', SHARDED], capture_output=True, text=True, timeout=200, env=env)
+  assert done.returncode == 0, done.stderr[-2000:]

@@ -47,13 +47,13 @@ def test_the_table_has_the_swept_keys_first(tmp_path):
     '| run | model.scale | likelihood/elbo | likelihood/rate |',
     '| --- | --- | --- | --- |',
     '| beta-0 | 1 | -60 | 2 |',
-    '| beta-1 | 0.1 | 20.2 | 14 |',
+    '| beta-1 | 0.1 | 20.25 | 14 |',
     '| beta-2 | learned | 31 | 16 |',
   ]
   assert lines[8:] == [
     '| result | unit | beta-0 | beta-1 | beta-2 |',
     '| --- | --- | --- | --- | --- |',
-    '| likelihood/elbo | nats | -60 | 20.2 | 31 |',
+    '| likelihood/elbo | nats | -60 | 20.25 | 31 |',
     '| likelihood/rate | nats | 2 | 14 | 16 |',
   ]
 
