@@ -113,10 +113,9 @@ def test_learned_variance_is_the_mean_square_error(options):
     return miscounted * (nll - log_det) + log_det
 
   def minimum(**kwargs):
-    found = optimize.minimize_scalar(jax.jit(lambda v: loss(v, **kwargs)), bounds=(-5, 1), method='bounded', options={'xatol': 1e-6})
-    newton = found.x  # single precision leaves the minimum of a value uncertain; one step on the slope does not
-    slope, bend = jax.grad(loss)(newton, **kwargs), jax.hessian(loss)(newton, **kwargs)
-    at = newton - float(slope / bend)
+    found = optimize.minimize_scalar(jax.jit(lambda v: loss(v, **kwargs)), bounds=(-5, 1), method='bounded').x
+    # Single precision leaves the minimum of a value uncertain; one Newton step on the slope does not.
+    at = found - float(jax.grad(loss)(found, **kwargs) / jax.hessian(loss)(found, **kwargs))
     return scale_of(net, params | {'log_scale': jnp.float32(at)})[0] ** 2, float(loss(at, **kwargs))
 
   variance, nll = minimum()
@@ -231,8 +230,8 @@ def factors():
 def ppca(eigenvalues, latent):
   """(variance, singular values of the decoder, mean log-likelihood) of the maximum-likelihood model."""
   variance = eigenvalues[latent:].mean()
-  rest = (10 - latent) * math.log(variance)
-  return variance, np.sqrt(eigenvalues[:latent] - variance), -0.5 * (10 * LOG_2PI + np.log(eigenvalues[:latent]).sum() + rest + 10)
+  log_det = np.log(eigenvalues[:latent]).sum() + (10 - latent) * math.log(variance)
+  return variance, np.sqrt(eigenvalues[:latent] - variance), -0.5 * (10 * LOG_2PI + log_det + 10)
 
 
 def surviving(net, params, x):
@@ -315,7 +314,9 @@ def test_per_pixel_noise_is_recovered_and_the_global_one_is_its_mean():
       head = {'kernel': params['decoder']['head']['kernel'], 'bias': free['bias']}
       return {**params, 'decoder': {'head': head}, **({'log_scale': free['log_scale']} if 'log_scale' in params else {})}
 
-    loss = lambda free, net=net, place=place: -net.apply({'params': place(free)}, jnp.zeros((1, 1)), method='decode').log_prob(x).mean()
+    def loss(free, net=net, place=place):
+      return -net.apply({'params': place(free)}, jnp.zeros((1, 1)), method='decode').log_prob(x).mean()
+
     optimiser = optax.adam(optax.cosine_decay_schedule(0.05, 400))
 
     def step(carry, _, loss=loss, optimiser=optimiser):

@@ -29,7 +29,8 @@ def place(workdir, name='beta', values=((-60.0, 2.0), (20.25, 14.0), (31.0, 16.0
   for i, (elbo, rate) in enumerate(values):
     folder = workdir / f'{name}-{i}'
     folder.mkdir(parents=True)
-    (folder / 'results.json').write_text(json.dumps({'likelihood/elbo': result(elbo), 'likelihood/rate': result(rate, stderr=None)}))
+    results = {'likelihood/elbo': result(elbo), 'likelihood/rate': result(rate, stderr=None)}
+    (folder / 'results.json').write_text(json.dumps(results))
 
 
 def experiment(charts=CHARTS, doc='Fixed & learned <noise>.\n\nMore.', name='beta'):
