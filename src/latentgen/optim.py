@@ -41,7 +41,7 @@ def build(
     weight_decay: added to the gradient times the parameter before the optimiser (L2, as torch does; optax's adamw decouples).
     clip_norm: clips the global norm of the gradient; 0 is off.
     rates: pairs (regular expression over 'decoder/log_scale' and the like, factor on the learning rate); the first match
-      wins, and what none matches has factor 1.
+      wins, and what none matches has factor 1. A pattern may match nothing, as those of config.mesh.rules may.
     **options: further arguments of the optax function.
 
   Raises:
@@ -91,18 +91,11 @@ def _scaled(where: str, rates: Sequence[tuple[str, float]]) -> optax.GradientTra
     name = jax.tree_util.keystr(path, simple=True, separator='/')
     return next((factor for pattern, factor in rates if re.search(pattern, name)), 1.0)
 
-  def init(params):
-    names = [jax.tree_util.keystr(path, simple=True, separator='/') for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    for pattern, _ in rates:
-      if not any(re.search(pattern, name) for name in names):
-        raise UserError(f'{where}: no parameter matches {pattern!r}; there are {", ".join(names[:20])}')
-    return optax.EmptyState()
-
   def update(updates, state, params=None):
     del params
     return jax.tree_util.tree_map_with_path(lambda path, u: factor(path) * u, updates), state
 
-  return optax.GradientTransformation(init, update)
+  return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def _rate(where: str, schedule: str, first: float, last: float | None, steps: int) -> optax.Schedule:
