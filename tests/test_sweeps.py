@@ -143,18 +143,19 @@ def test_collect_on_the_command_line(tmp_path, args, message):
     command.main([f'{SPEC}beta', f'--workdir={tmp_path}', *args])
 
 
-def test_every_fixed_value_and_the_learned_one_are_accepted_by_the_experiment():
+@pytest.mark.parametrize('variant, name', [('beta', 'beta'), ('', 'sigma')])
+def test_what_the_experiment_sweeps_and_charts_is_accepted(variant, name):
   from latentgen import config as configs
 
-  file, config = configs.load(SPEC.removeprefix('--config=') + 'beta')
-  scales = []
-  for overrides in file.module.sweep('beta'):
+  file, config = configs.load(SPEC.removeprefix('--config=') + variant)
+  scales, sets = [], file.module.sweep(name)
+  for overrides in sets:
     one = config.copy_and_resolve_references()
     configs.override(one, overrides)
     (stage,) = configs.build_recipe(configs.plain(one), (8, 8, 1))
     scales.append(stage.method.net.scale)
-  assert scales == [*file.module.FIXED, 'learned']
-  assert list(file.module.SWEEP_CHARTS) == ['beta'] and sweeps.check(file, 'beta', file.module.sweep('beta'))
+  wanted = {'beta': [*file.module.FIXED, 'learned'], 'sigma': ['learned', 'image', 'pixel', 'analytic']}
+  assert scales == wanted[name] and len(sweeps.check(file, name, sets)) > 1
 
 
 @pytest.mark.slow
