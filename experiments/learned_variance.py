@@ -6,7 +6,8 @@ Paper      Lin, Roberts, Trigoni, Clark, "Balancing Reconstruction Quality and R
 Command    python -m latentgen.main --config=experiments/learned_variance.py
            python -m latentgen.main --config=experiments/learned_variance.py:beta --sweep=beta
 Default    scikit-learn's 8x8 digits at 4 bits, dequantised, one sigma for all pixels; minutes on two CPU cores.
-Variants   :smoke (seconds)  :per_image  :per_pixel  :analytic, another sigma
+           python -m latentgen.main --config=experiments/learned_variance.py --sweep=sigma
+Variants   :smoke (seconds)  :per_image  :per_pixel  :analytic, another sigma; all kinds on one page by --sweep=sigma
            :beta, sigma fixed at 1, and by --sweep=beta at 1 ... 0.03 and learned, with one page that shows them together
            :mnist  :fashion, the sizes of the first author's later code; data prepared once by tensorflow-datasets, or IDX files
            by --config.data.name=idx --config.data.path=DIR
@@ -14,12 +15,16 @@ Variants   :smoke (seconds)  :per_image  :per_pixel  :analytic, another sigma
 At the optimum sigma^2 is the mean square error, so that the squared error has the weight 1 / (2 MSE): what a beta-VAE with
 squared error / 2 searches by hand as beta = sigma^2.
 
+Measured by the two sweeps above (one seed, 250 test images, bound in nats): sigma fixed at 0.3, 0.17, 0.13, 0.1, 0.05 has 3.7,
+25.4, 30.0, 27.0, -60.0; learned 30.2, analytic 29.6, of an image 29.3, of every pixel 66.0. Of the pixels 75 % are within
+the one sigma and 67 % within that of every pixel (nominally 68 %), whose rank correlation with the error is 0.69.
+
 Deviations. Of Lin et al. only the abstract could be read, of Rybkin et al. not the appendices (paper / here / why):
   sigma of an image from x or from z: unread / a function of z / samples have one too
   grey levels as they are / plus uniform noise, 4 bits for digits / a density on the real line must not gain by being narrower
     than a level; it bounds the probability of the image after D log(levels)
   sigma's learning rate 5/3 of the network's (the first author's later code) / that for MNIST and Fashion-MNIST, 10 times on the
-    digits / Adam moves log sigma by at most the rate in a step: at the network's it arrives after the last one
+    digits / Adam moves log sigma by at most about the rate in a step, and the error falls faster
   trained on the full training split / the step with the best validation bound / small sigma overfits; one hidden layer of 64
     units on the digits, since with more the best sigma of training images is too small for others
 """
