@@ -6,14 +6,22 @@ Paper      Maaloe, Fraccaro, Lievin, Winther, "BIVA: A Very Deep Hierarchy of La
 Command    python -m latentgen.main --config=experiments/nvae_anomaly.py
 Default    scikit-learn's 8x8 digits at 4 bits without 8 and 9, which are outliers, as are noise, shuffled and inverted digits;
            minutes on two CPU cores.
-Variants   :smoke (seconds)  :fashion (trained on binarised Fashion-MNIST, outliers MNIST; twenty minutes on one CPU core)
+Variants   :smoke (seconds)  :fashion (trained on binarised Fashion-MNIST, outliers MNIST; half an hour on a busy CPU core)
 
 :fashion reads IDX files (train-images-idx3-ubyte.gz ...) from data/fashion_mnist and data/mnist, or from
 --config.data.path=DIR and --config.evaluate.anomaly.outliers.mnist.path=DIR.
 
+Measured with these commands, area under the ROC curve, outliers being positive (standard errors to 0.013, held out 0.05):
+                                              L^{>0}   LLR^{>1}  LLR^{>2}  LLR^{>3}  LLR^{>4}
+  :fashion, MNIST, 1,000 images each          0.170    0.936     0.952     0.828     0.125
+  --config.evaluate.anomaly.lower=sample      0.170    0.774     0.864     0.705     0.280
+  default, 49 held-out digits                 0.951    0.562     0.621     0.580     0.389
+The ratio is for outliers that are simpler than the data, which the likelihood prefers. Where outliers are merely unlikely, as
+all those of the default are, the likelihood finds them and the ratio does not.
+
 Deviations (paper / here / why):
   BIVA and bottom-up hierarchical VAEs / NVAE / the scores are of any hierarchy; this one trains in minutes
-  lower latents at the mode of the conditional prior / sampled, as the bound is defined; --config.evaluate.anomaly.lower=mode
+  upper latents, too, at the mode of their posterior / sampled / as the bound is defined
   1000 importance samples for L^{>0} / one sample for every bound, the same one / scores at equal cost
 """
 
@@ -23,11 +31,11 @@ import nvae
 VARIANTS = ('smoke', 'fashion')
 
 
-def detect(config: ConfigDict, outliers: dict, **options) -> ConfigDict:
+def detect(config: ConfigDict, outliers: dict, lower: str, limit: int | None = None) -> ConfigDict:
   """The anomaly task on a config of nvae.py."""
   with config.unlocked():
     config.evaluate.tasks = ('likelihood', 'anomaly', 'samples')
-    config.evaluate.anomaly = ConfigDict(dict(outliers=outliers, samples=1, lower='sample', unit='group', **options))
+    config.evaluate.anomaly = ConfigDict(dict(outliers=outliers, samples=1, lower=lower, unit='group', limit=limit))
     config.paper = ()
   return config
 
@@ -43,7 +51,7 @@ def fashion() -> ConfigDict:
   config.train.checkpoint_every_steps = 200
   config.evaluate.likelihood.update(samples=20, chunk=20, limit=1000)
   outliers = dict(mnist=dict(name='idx', path='data/mnist'), noise='noise', inverted='inverted')
-  return detect(config, outliers, limit=2000)
+  return detect(config, outliers, 'mode', 1000)
 
 
 def get_config(variant: str = '') -> ConfigDict:
@@ -52,4 +60,4 @@ def get_config(variant: str = '') -> ConfigDict:
   config = nvae.get_config(variant)
   config.data.held_out_classes = (8, 9)
   names = ('held_out', 'noise', 'shuffled', 'inverted')
-  return detect(config, {name: name for name in names})
+  return detect(config, {name: name for name in names}, 'sample', 16 if variant == 'smoke' else None)
