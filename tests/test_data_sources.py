@@ -144,7 +144,7 @@ def test_permutation_is_a_fixed_permutation():
 
 
 def test_names():
-  assert data.names() == ['digits', 'folder', 'idx', 'npz', 'tfds']
+  assert data.names() == ['digits', 'folder', 'idx', 'npz', 'tfds', 'toy']
 
 
 @pytest.mark.parametrize(
