@@ -177,7 +177,7 @@ def test_memory_does_not_grow_with_the_number_of_samples():
   x = jnp.asarray(images(s), jnp.float32)
 
   def temporaries(samples):
-    function = likelihood.terms(s.method.trace, samples, 25)
+    function = likelihood.terms(s.method.trace, s.method.trace, samples, 25)
     return jax.jit(function).lower(s.variables, x, s.key).compile().memory_analysis().temp_size_in_bytes
 
   assert temporaries(5000) < 1.2 * temporaries(50)

@@ -173,7 +173,8 @@ class LatentModel(Protocol):
   Optional, where the method knows such a thing, and traceable as the rest:
     classify(variables, x [b, h, w, c], key) -> log p(y | x), [b, classes];
     cluster(variables, x, key) -> log p(component | x), [b, components];
-    mixture(variables) -> distributions.GaussianMixture, the prior over a single group of latents.
+    mixture(variables) -> distributions.GaussianMixture, the prior over a single group of latents;
+    propose(variables, x, key, k) -> Trace whose samples and `log_q` are those of a better proposal for importance weights.
   """
 
   samplers: tuple[str, ...]

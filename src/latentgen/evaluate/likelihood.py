@@ -61,9 +61,9 @@ def run(
     check_count(f'{where}.{name}', value)
   for value in bounds:
     check_count(f'{where}.bounds', value)
-  found = per_example(
-    subject, 'likelihood', terms(subject.method.trace, samples, chunk, elbo_samples, tuple(bounds)), split, limit, axis=-1
-  )
+  propose = getattr(subject.method, 'propose', subject.method.trace)
+  function = terms(subject.method.trace, propose, samples, chunk, elbo_samples, tuple(bounds))
+  found = per_example(subject, 'likelihood', function, split, limit, axis=-1)
   dims = int(found.pop('dims')[0])
   results: dict[str, Result] = {}
   active = 0
@@ -81,11 +81,12 @@ def run(
   return Findings(results)
 
 
-def terms(trace, samples: int, chunk: int, elbo_samples: int = 1, bounds: tuple[int, ...] = ()):
+def terms(trace, propose, samples: int, chunk: int, elbo_samples: int = 1, bounds: tuple[int, ...] = ()):
   """Builds the function of a batch that the task maps over a split.
 
   Args:
     trace: `LatentModel.trace`.
+    propose: where the importance samples come from, `LatentModel.propose` or `trace`.
     samples: K.
     chunk: samples in memory at a time; K need not be a multiple of it.
     elbo_samples: samples of the ELBO.
@@ -104,7 +105,7 @@ def terms(trace, samples: int, chunk: int, elbo_samples: int = 1, bounds: tuple[
     reconstruction = passed.log_px.mean(0)
 
     def log_weight(key, k):
-      return trace(variables, x, key, k).log_weight()
+      return propose(variables, x, key, k).log_weight()
 
     iwae, ess = importance(log_weight, iwae_key, samples, chunk)
     more = {f'iwae_{k}': importance(log_weight, jax.random.fold_in(iwae_key, k), k, chunk)[0] for k in bounds}
