@@ -34,8 +34,8 @@ class MixturePrior(LatentMethod):
   With `classes`, c / classes components in a row belong to each class. Where the label y is known (not -1), D is to p(z|y),
   and the loss has the term -alpha log p(y|x), with p(y|x) the share of the class in the overlap of q(z|x) and the mixture.
 
-  A component whose running share of the data falls below `reseed` / c starts anew at a random example of the batch (of its
-  class, where there are classes). Its parameters stay where the optimiser has them: a shift is added to them, which lives in
+  A component whose running share of the data falls below `reseed` / c starts anew at an example of the batch far from the
+  others (of its class, where there are classes). Its parameters stay where the optimiser has them: a shift is added to them, which lives in
   the statistics of the group `prior`.
 
   Args:
@@ -50,6 +50,7 @@ class MixturePrior(LatentMethod):
     dual_rate: see target.
     reseed: see above; 0 is never.
     reseed_portion: share of T after which components are left alone.
+    restart: share of T at which all components start anew at examples of one batch, as wide as the posteriors; 0 is never.
     classes: number of classes; 0 does without labels.
     alpha: weight of the labels' log-probability.
     defensive: share of prior samples in the proposal of importance-weighted likelihoods.
@@ -65,6 +66,7 @@ class MixturePrior(LatentMethod):
   dual_rate: float = 1e-2
   reseed: float = 0.1
   reseed_portion: float = 0.5
+  restart: float = 0.0
   classes: int = 0
   alpha: float = 1.0
   defensive: float = 0.0
@@ -178,7 +180,7 @@ class MixturePrior(LatentMethod):
       dual = ctx.stats['dual']['weight'] + self.dual_rate * (divergence.mean() - self.target)
       stats['dual'] = {'weight': jnp.maximum(dual, 0.0)}
     if self.prior.movable:
-      stats['prior'], metrics['reseeded'] = self._reseed(params['prior'], ctx, q, overlap)
+      stats['prior'], metrics['reseeded'] = self._reseed(params['prior'], ctx, q, p, overlap)
       mass = stats['prior']['mass']
       metrics['components'] = jnp.exp(jax.scipy.special.entr(mass / mass.sum()).sum())  # effective number
     return loss, Aux(metrics, stats)
@@ -189,19 +191,25 @@ class MixturePrior(LatentMethod):
       return jnp.asarray(weight, jnp.float32)
     return weight * losses.kl_warmup(ctx.step, self.steps, portion=self.warmup_portion)
 
-  def _reseed(self, params: Params, ctx: Context, q: Normal, overlap: Array) -> tuple[Any, Array]:
+  def _reseed(
+    self, params: Params, ctx: Context, q: Normal, p: GaussianMixture, overlap: Array
+  ) -> tuple[Any, Array]:
     """(new statistics of the prior, number of components that start anew)."""
     c, old = self.prior.components, ctx.stats['prior']
     mass = MASS_DECAY * old['mass'] + (1 - MASS_DECAY) * jax.nn.softmax(overlap).mean(0)
     dead = (mass < self.reseed / c) & (ctx.step < self.reseed_portion * self.steps)
+    if self.restart:
+      dead |= ctx.step == int(self.restart * self.steps)
     fit = jnp.zeros(overlap.T.shape)  # log-odds of each example as the new place of a component, [c, b]
     if self.classes:
       label, log_class = ctx.batch['label'][:, None], self._log_class(overlap)
       known = jnp.where(label == jnp.arange(self.classes), 0.0, -1e9)
       fit = jnp.repeat(jnp.where(label >= 0, known, log_class).T, c // self.classes, axis=0)
-    rows = jax.random.categorical(jax.random.fold_in(ctx.key, 1), fit)  # [c]
+    live = lambda: jnp.zeros(c, jnp.int32)
+    pick = lambda: mixtures.places(jax.random.fold_in(ctx.key, 1), q.loc, p.loc, dead, fit)
+    rows = jax.lax.cond(dead.any(), pick, live)
     current = jax.tree.map(jnp.add, params, old['shift'])
-    seeds = self.prior.seeds(current, mass, q.loc[rows], ctx.batch['image'][rows])
+    seeds = self.prior.seeds(current, q.loc[rows], jnp.sqrt(jnp.square(q.scale).mean(0)), ctx.batch['image'][rows])
     shift = mixtures.reseed(params, old['shift'], dead, seeds)
     new = {'shift': shift, 'mass': jnp.where(dead, 1.0 / c, mass)}
     return jax.lax.stop_gradient((new, dead.sum()))
@@ -288,6 +296,7 @@ def build(
   prior: str = 'free',
   learned_weights: bool = False,
   spread: float = 1.0,
+  max_scale: float = 2.0,
   prototypes: Sequence[Sequence[float]] = (),
   **options,
 ) -> MixturePrior:
@@ -296,21 +305,17 @@ def build(
   Args:
     net: the network.
     steps: length of the stage.
-    components: see priors.mixture.Mixture, as `prior` (its mode), `learned_weights`, `spread` and `prototypes`.
+    components: see priors.mixture.Mixture, as `prior` (its mode), `learned_weights`, `spread`, `max_scale`, `prototypes`.
     prior: 'free', 'pseudo', 'fixed' or 'standard'.
     learned_weights: whether the weights are learned.
     spread: deviation of the initial means.
+    max_scale: upper bound of the components' deviations.
     prototypes: means of a fixed mixture.
     **options: see MixturePrior.
 
   Raises:
     UserError: a value that cannot be, naming the key.
   """
-  return make(MixturePrior, net, steps, components, prior, learned_weights, spread, prototypes, options)
-
-
-def make(kind, net, steps, components, prior, learned_weights, spread, prototypes, options):
-  """`build` for subclasses of MixturePrior."""
   if prior not in mixtures.MODES:
     raise UserError(f'method.prior is {prior!r}{near(prior, mixtures.MODES)}')
   prototypes = tuple(tuple(map(float, row)) for row in prototypes)
@@ -321,13 +326,16 @@ def make(kind, net, steps, components, prior, learned_weights, spread, prototype
     raise UserError(f'method.components is {components!r}, need a whole number of at least 1')
   if not spread > 0:
     raise UserError(f'method.spread is {spread}, need a positive number')
-  method = kind(net, mixtures.Mixture(components, prior, learned_weights, spread, prototypes), steps, **options)
+  if not max_scale > 1:
+    raise UserError(f'method.max_scale is {max_scale}, need a number above 1')
+  mixture = mixtures.Mixture(components, prior, learned_weights, spread, max_scale, prototypes)
+  method = MixturePrior(net, mixture, steps, **options)
   if method.objective not in OBJECTIVES:
     raise UserError(f'method.objective is {method.objective!r}{near(method.objective, OBJECTIVES)}')
   for name, least in (('samples', 1), ('weight', 0), ('dual_rate', 0), ('reseed', 0), ('alpha', 0), ('classes', 0)):
     if getattr(method, name) < least:
       raise UserError(f'method.{name} is {getattr(method, name)}, need at least {least}')
-  for name in ('warmup_portion', 'reseed_portion'):
+  for name in ('warmup_portion', 'reseed_portion', 'restart'):
     if not 0 <= getattr(method, name) <= 1:
       raise UserError(f'method.{name} is {getattr(method, name)}, need a share between 0 and 1')
   if not 0 <= method.defensive < 1:

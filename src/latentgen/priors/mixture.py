@@ -12,18 +12,25 @@ from latentgen.distributions import GaussianMixture, Normal
 from latentgen.types import Array, Key, Params
 
 MODES = ('free', 'pseudo', 'fixed', 'standard')
-LOG_SCALE = (-4.0, 2.0)  # bounds of a component's log standard deviation, variances in [exp(-8), exp(4)]
-_CENTRE, _HALF = sum(LOG_SCALE) / 2, (LOG_SCALE[1] - LOG_SCALE[0]) / 2
+MIN_LOG_SCALE = -4.0  # of a component's log standard deviation
 
 
-def bound(raw: Array) -> Array:
-  """Log standard deviations inside LOG_SCALE: centre + half width * tanh(raw / half width)."""
-  return _CENTRE + _HALF * jnp.tanh(raw / _HALF)
+def _bounds(max_scale: float) -> tuple[float, float]:
+  """(centre, half width) of the interval of log standard deviations."""
+  top = math.log(max_scale)
+  return (top + MIN_LOG_SCALE) / 2, (top - MIN_LOG_SCALE) / 2
 
 
-def unbound(log_scale: Array) -> Array:
-  """The inverse of `bound`; what lies outside LOG_SCALE, or within a thousandth of its ends, comes from just inside."""
-  return _HALF * jnp.arctanh(jnp.clip((log_scale - _CENTRE) / _HALF, -0.999, 0.999))
+def bound(raw: Array, max_scale: float) -> Array:
+  """Log standard deviations inside (-4, log max_scale): centre + half width * tanh(raw / half width)."""
+  centre, half = _bounds(max_scale)
+  return centre + half * jnp.tanh(raw / half)
+
+
+def unbound(log_scale: Array, max_scale: float) -> Array:
+  """The inverse of `bound`; what lies outside, or within a thousandth of the ends, comes from just inside."""
+  centre, half = _bounds(max_scale)
+  return half * jnp.arctanh(jnp.clip((log_scale - centre) / half, -0.999, 0.999))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +47,8 @@ class Mixture:
     mode: one of MODES.
     learned_weights: weights are softmax(logits); else 1 / c.
     spread: deviation of the initial means (free).
+    max_scale: upper bound of the components' deviations, above 1 (free). The Cauchy-Schwarz divergence of a narrow q from a wide
+      p grows as half the log of their ratio only, so that components without a bound spread over several clusters.
     prototypes: means, c tuples of d numbers (fixed).
 
   References:
@@ -51,6 +60,7 @@ class Mixture:
   mode: Literal['free', 'pseudo', 'fixed', 'standard'] = 'free'
   learned_weights: bool = False
   spread: float = 1.0
+  max_scale: float = 2.0
   prototypes: tuple[tuple[float, ...], ...] = ()
 
   @property
@@ -69,7 +79,7 @@ class Mixture:
     c, params = self.components, {}
     if self.mode == 'free':
       params['loc'] = self.spread * jax.random.normal(key, (c, latent))
-      params['log_scale'] = jnp.full((c, latent), unbound(0.0))
+      params['log_scale'] = jnp.full((c, latent), unbound(0.0, self.max_scale))
     elif self.mode == 'pseudo':
       pick, noise = jax.random.split(key)
       b = images.shape[0]
@@ -96,34 +106,64 @@ class Mixture:
     c = self.components
     weights = jax.nn.softmax(params['logits']) if self.learned_weights else jnp.full(c, 1.0 / c)
     if self.mode == 'free':
-      return GaussianMixture(weights, params['loc'], jnp.exp(bound(params['log_scale'])))
+      return GaussianMixture(weights, params['loc'], jnp.exp(bound(params['log_scale'], self.max_scale)))
     if self.mode == 'pseudo':
       q = encode(params['images'])
       return GaussianMixture(weights, q.loc, q.scale)
     return GaussianMixture(weights, params['loc'], jnp.ones_like(params['loc']))
 
-  def seeds(self, params: Params, mass: Array, codes: Array, images: Array) -> dict[str, Array]:
+  def seeds(self, params: Params, codes: Array, scale: Array, images: Array) -> dict[str, Array]:
     """Where components start anew: one at each of c given examples.
 
     Args:
       params: as `init` makes them.
-      mass: share of the data that each component has, [c].
       codes: means of q(z | x) at the examples, [c, d].
-      images: the examples, [c, h, w, channels].
+      scale: standard deviations for the components, [d] (free).
+      images: the examples, [c, h, w, channels] (pseudo).
 
     Returns:
-      A tree as `params`: means at the codes with the average deviation of the components by mass, or pseudo-inputs at the
-      images; weights of 1 / c.
+      A tree as `params`; the weights are 1 / c.
     """
     new = {}
     if self.mode == 'free':
-      common = (mass[:, None] * params['log_scale']).sum(0) / mass.sum()
-      new = {'loc': codes, 'log_scale': jnp.broadcast_to(common, params['log_scale'].shape)}
+      new = {'loc': codes, 'log_scale': jnp.broadcast_to(unbound(jnp.log(scale), self.max_scale), params['log_scale'].shape)}
     elif self.mode == 'pseudo':
       new = {'images': images}
     if self.learned_weights:
       new['logits'] = jnp.full_like(params['logits'], jax.nn.logsumexp(params['logits']) - math.log(self.components))
     return new
+
+
+def places(key: Key, points: Array, centres: Array, dead: Array, log_odds: Array) -> Array:
+  """Examples for dead components, drawn one after the other as k-means++ draws its centres.
+
+  P(example) ~ squared distance to the nearest centre that lives or has its example already, times the component's own odds.
+
+  Args:
+    key: PRNG key.
+    points: [b, d].
+    centres: [c, d].
+    dead: bool [c].
+    log_odds: [c, b].
+
+  Returns:
+    Rows of `points`, int [c]; those of living components mean nothing.
+
+  References:
+    Arthur and Vassilvitskii, "k-means++: The Advantages of Careful Seeding", 2007.
+  """
+  distance = jnp.square(points[:, None] - centres).sum(-1)  # [b, c]
+  nearest = jnp.where(dead, jnp.inf, distance).min(-1)
+  nearest = jnp.where(jnp.isfinite(nearest), nearest, 1.0)  # nothing lives: the first is drawn by its odds alone
+
+  def one(carry, component):
+    nearest, first = carry
+    dead, odds, key = component
+    row = jax.random.categorical(key, jnp.log(nearest) + odds)
+    mine = jnp.square(points - points[row]).sum(-1)
+    return (jnp.where(dead, jnp.where(first, mine, jnp.minimum(nearest, mine)), nearest), first & ~dead), row
+
+  return jax.lax.scan(one, (nearest, dead.all()), (dead, log_odds, jax.random.split(key, len(dead))))[1]
 
 
 def reseed(params: Params, shift: Params, dead: Array, seeds: Any) -> Any:
