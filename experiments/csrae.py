@@ -58,12 +58,22 @@ def digits(**method) -> ConfigDict:
   return base(dict(name='digits', batch_size=100, binarize='fresh', bits=8), {}, 4000, **method)
 
 
-def grey(**method) -> ConfigDict:
-  """Digits without noise, for a Gaussian decoder; the last weights are taken, not those of the best bound."""
-  config = base(
-    dict(name='digits', batch_size=200), dict(likelihood='normal', scale=0.15), 3000, components=10, weight=5.0, **method
-  )
-  config.stages.vae.best = ''
+def grey(components: int, **method) -> ConfigDict:
+  """Digits without noise, in three stages: a VAE, a mixture fitted to its codes, and from there all together."""
+  model = dict(likelihood='normal', scale=0.15)
+  config = base(dict(name='digits', batch_size=200), model, 2000, components=components, warmup_portion=0.0, restart=0.0, **method)
+  stages = config.stages
+  with config.unlocked():
+    config.recipe = ('vae', 'fit', 'cs')
+    stages.cs = stages.vae.copy_and_resolve_references()
+    stages.cs.load = dict(encoder='vae', decoder='vae', prior='fit')
+    stages.cs.best = ''
+    stages.fit = dict(
+      steps=0, method=dict(name='mixture_fit', components=components, learned_weights=False, max_scale=2.0, restarts=10),
+      load=dict(encoder='vae', decoder='vae'),
+    )  # fmt: skip
+    stages.vae.method = dict(name='vae', beta=1.0, warmup_portion=0.1)
+    stages.vae.best = ''
   return config
 
 
@@ -72,10 +82,10 @@ def get_config(variant: str = '') -> ConfigDict:
     config = digits(**PRIORS[variant], defensive=0.5)
     config.evaluate.likelihood.samples = 5000
   elif variant == 'clustering':
-    config = grey()
+    config = grey(components=10, weight=5.0)
+    config.evaluate.tasks = ('clustering', 'latent_space')
   elif variant == 'semi':
-    config = grey(classes=10, alpha=10.0, restart=0.0)
-    config.stages.vae.method.components = 20
+    config = grey(components=20, weight=5.0, classes=10, alpha=10.0)
     with config.unlocked():
       config.data.update(labels_per_class=10, labelled_copies=5)
       config.evaluate.classification = dict()

@@ -162,3 +162,19 @@ def test_dead_component():
   value, grads = jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2)))(*_arrays(weights, *p[1:]))
   np.testing.assert_allclose(value, f(*_arrays(weights[:2], p[1][:2], p[2][:2])), rtol=1e-5)
   assert all(jnp.isfinite(g).all() for g in grads)
+
+
+def test_many_components_in_many_dimensions_are_finite_in_float32():
+  """256 dimensions and 500 components, as far apart as 60 standard deviations a dimension."""
+  arguments = _unconstrained_arguments(11, 3, 500, 256, spread=20.0)
+  value, grads = jax.jit(jax.value_and_grad(_unconstrained, argnums=range(5)))(*map(jnp.float32, arguments))
+  assert np.isfinite(value) and all(np.isfinite(g).all() for g in grads)
+  # Every other component is so far away that the nearest one alone decides: -log int q p and log int p^2 in closed form.
+  loc, log_var, p_loc, p_log_var, logits = (np.asarray(a, np.float64) for a in arguments)
+  log_w = logits - np.log(np.exp(logits).sum())
+  normal = lambda x, v: -0.5 * (np.square(x) / v + np.log(2 * np.pi * v)).sum(-1)
+  cross = log_w + normal(loc[:, None] - p_loc, np.exp(log_var)[:, None] + np.exp(p_log_var))
+  own_q = normal(np.zeros_like(loc), 2 * np.exp(log_var))
+  own_p = 2 * log_w + normal(np.zeros_like(p_loc), 2 * np.exp(p_log_var))
+  want = (-np.logaddexp.reduce(cross, -1) + 0.5 * own_q + 0.5 * np.logaddexp.reduce(own_p)).sum()
+  np.testing.assert_allclose(value, want, rtol=1e-5)

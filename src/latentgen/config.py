@@ -287,11 +287,12 @@ def build_recipe(config: Mapping[str, Any], image_shape: tuple[int, int, int]) -
     if not isinstance(steps, int) or steps < 0:
       raise UserError(f'{where}.steps is {steps!r}, need a whole number of steps')
     method_name, method_options = split_name(options.get('method', {}), f'{where}.method')
-    method = module('latentgen.methods', method_name, f'{where}.method.name')
+    found = module('latentgen.methods', method_name, f'{where}.method.name')
+    method = call(found.build, f'{where}.method', method_options, net, steps)
     stages.append(
       Stage(
         name=stage,
-        method=call(method.build, f'{where}.method', method_options, net, steps),
+        method=method,
         optim={u: optim.build(f'{where}.optim.{u}', steps, **o) for u, o in options.get('optim', {}).items()},
         steps=steps,
         load=options.get('load', {}),

@@ -316,19 +316,7 @@ def build(
   Raises:
     UserError: a value that cannot be, naming the key.
   """
-  if prior not in mixtures.MODES:
-    raise UserError(f'method.prior is {prior!r}{near(prior, mixtures.MODES)}')
-  prototypes = tuple(tuple(map(float, row)) for row in prototypes)
-  if prior == 'fixed' and (not prototypes or len({len(row) for row in prototypes}) > 1):
-    raise UserError('method.prototypes needs means of equal length for a fixed prior')
-  components = {'fixed': len(prototypes), 'standard': 1}.get(prior, components)
-  if isinstance(components, bool) or not isinstance(components, int) or components < 1:
-    raise UserError(f'method.components is {components!r}, need a whole number of at least 1')
-  if not spread > 0:
-    raise UserError(f'method.spread is {spread}, need a positive number')
-  if not max_scale > 1:
-    raise UserError(f'method.max_scale is {max_scale}, need a number above 1')
-  mixture = mixtures.Mixture(components, prior, learned_weights, spread, max_scale, prototypes)
+  mixture = mixtures.checked(components, prior, learned_weights, spread, max_scale, prototypes)
   method = MixturePrior(net, mixture, steps, **options)
   if method.objective not in OBJECTIVES:
     raise UserError(f'method.objective is {method.objective!r}{near(method.objective, OBJECTIVES)}')
@@ -340,6 +328,6 @@ def build(
       raise UserError(f'method.{name} is {getattr(method, name)}, need a share between 0 and 1')
   if not 0 <= method.defensive < 1:
     raise UserError(f'method.defensive is {method.defensive}, need at least 0 and less than 1')
-  if method.classes and components % method.classes:
-    raise UserError(f'method.components is {components}, need a multiple of method.classes = {method.classes}')
+  if method.classes and mixture.components % method.classes:
+    raise UserError(f'method.components is {mixture.components}, need a multiple of method.classes = {method.classes}')
   return method

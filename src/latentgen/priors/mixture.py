@@ -1,6 +1,6 @@
 """Mixtures of diagonal Gaussians as the prior over a single group of latents: p(z) = sum_k pi_k N(z; m_k, diag v_k)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 import math
 from typing import Any, Literal
@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from latentgen.distributions import GaussianMixture, Normal
+from latentgen.errors import UserError, near
 from latentgen.types import Array, Key, Params
 
 MODES = ('free', 'pseudo', 'fixed', 'standard')
@@ -132,6 +133,34 @@ class Mixture:
     if self.learned_weights:
       new['logits'] = jnp.full_like(params['logits'], jax.nn.logsumexp(params['logits']) - math.log(self.components))
     return new
+
+
+def checked(
+  components: int = 10,
+  prior: str = 'free',
+  learned_weights: bool = False,
+  spread: float = 1.0,
+  max_scale: float = 2.0,
+  prototypes: Sequence[Sequence[float]] = (),
+) -> Mixture:
+  """The mixture that a method's options describe; `prior` is its mode.
+
+  Raises:
+    UserError: a value that cannot be, naming the key.
+  """
+  if prior not in MODES:
+    raise UserError(f'method.prior is {prior!r}{near(prior, MODES)}')
+  prototypes = tuple(tuple(map(float, row)) for row in prototypes)
+  if prior == 'fixed' and (not prototypes or len({len(row) for row in prototypes}) > 1):
+    raise UserError('method.prototypes needs means of equal length for a fixed prior')
+  components = {'fixed': len(prototypes), 'standard': 1}.get(prior, components)
+  if isinstance(components, bool) or not isinstance(components, int) or components < 1:
+    raise UserError(f'method.components is {components!r}, need a whole number of at least 1')
+  if not spread > 0:
+    raise UserError(f'method.spread is {spread}, need a positive number')
+  if not max_scale > 1:
+    raise UserError(f'method.max_scale is {max_scale}, need a number above 1')
+  return Mixture(components, prior, learned_weights, spread, max_scale, prototypes)
 
 
 def places(key: Key, points: Array, centres: Array, dead: Array, log_odds: Array) -> Array:
