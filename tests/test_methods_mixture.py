@@ -17,6 +17,7 @@ from latentgen.distributions import GaussianMixture, Normal
 from latentgen.errors import UserError
 from latentgen.evaluate import Subject, likelihood, run_all
 from latentgen.methods import mixture as methods
+from latentgen.methods import mixture_fit as fitting
 from latentgen.methods import vae as plain
 from latentgen.nets import nvae, vae
 from latentgen.priors import mixture as priors
@@ -126,7 +127,7 @@ def test_places_are_far_from_the_living():
     near = {2: 2, 3: 2}  # the twins at (9, 0)
     found.append(sorted(near.get(int(r), int(r)) for r in rows[1:3]))
     assert found[-1][0] != found[-1][1] and 0 not in found[-1] and 1 not in found[-1]
-  # Squared distances to the nearest of (0, 0) and (5, 5): 41 each at (9, 0), its twin, and (0, 9); 50 at (-5, 5).
+  # Squared distances to the nearest of (0, 0) and (5, 5): 41 at (9, 0), at its twin and at (0, 9), 50 at (-5, 5).
   first = [f for f in found if 2 in f]
   assert len(first) > 20
   odds = jnp.full((4, 6), -1e9).at[1, 4].set(0.0).at[2, 5].set(0.0)
@@ -385,6 +386,29 @@ def test_an_interrupted_run_ends_as_an_undisturbed_one_to_the_bit(tmp_path):
   assert one['stats']['dual']['weight'] != 1.0 and np.abs(one['stats']['prior']['shift']['loc']).max() > 0
   rows = [(tmp_path / folder / 'metrics.jsonl').read_text() for folder in ('whole', 'broken')]
   assert rows[0] == rows[1] and json.loads(rows[0].splitlines()[2])['vae/reseeded'] == 3
+
+
+def test_fit_finds_the_mixture_of_the_codes():
+  """Codes are the images, drawn from three Gaussians of weights 1/2, 1/3 and 1/6."""
+  net = vae.build((1, 2, 1), latent=2, hidden=(), likelihood='normal')
+  method = fitting.build(net, 0, components=3, restarts=2)
+  rng = np.random.default_rng(0)
+  k = np.resize([0, 0, 0, 1, 1, 2], 6000)
+  loc, scale = np.array([[0.0, 4.0], [5.0, 0.0], [-4.0, -4.0]]), np.array([[0.5, 1.0], [1.0, 0.5], [0.3, 0.3]])
+  x = jnp.float32(loc[k] + scale[k] * rng.normal(size=(6000, 2)))[:, None, :, None]
+  variables = jax.jit(lambda key: method.init(key, {'image': x[:8]}))(KEY)
+  head = {'kernel': jnp.eye(2, 4), 'bias': jnp.zeros(4)}
+  variables['params']['encoder'] = {'encoder': {'head': head}}
+  fitted = method.fit(variables, [{'image': part} for part in jnp.split(x, 3)], KEY)
+  variables['params'].update(fitted['params'])
+  p = method.mixture(variables)
+  order = np.argsort(-np.asarray(p.weights))
+  np.testing.assert_allclose(p.weights[order], [1 / 2, 1 / 3, 1 / 6], atol=0.01)
+  np.testing.assert_allclose(p.loc[order], loc, atol=0.1)
+  np.testing.assert_allclose(p.scale[order], scale, rtol=0.06)
+  for bad in ({'restarts': 0}, {'components': 0}):
+    with pytest.raises(UserError, match=f'method.{next(iter(bad))} is 0'):
+      fitting.build(net, 0, **bad)
 
 
 @functools.cache

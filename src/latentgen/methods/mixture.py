@@ -186,6 +186,7 @@ class MixturePrior(LatentMethod):
     return loss, Aux(metrics, stats)
 
   def _weight(self, ctx: Context) -> Array:
+    """lambda at this step."""
     weight = self.weight if self.target is None else ctx.stats['dual']['weight']
     if not self.warmup_portion:
       return jnp.asarray(weight, jnp.float32)
@@ -306,11 +307,6 @@ def build(
     net: the network.
     steps: length of the stage.
     components: see priors.mixture.Mixture, as `prior` (its mode), `learned_weights`, `spread`, `max_scale`, `prototypes`.
-    prior: 'free', 'pseudo', 'fixed' or 'standard'.
-    learned_weights: whether the weights are learned.
-    spread: deviation of the initial means.
-    max_scale: upper bound of the components' deviations.
-    prototypes: means of a fixed mixture.
     **options: see MixturePrior.
 
   Raises:
