@@ -2,21 +2,22 @@
 
 Paper      Tran, Pantic, Deisenroth, "Cauchy-Schwarz Regularized Autoencoder", JMLR 23(115), 2022, arXiv 2101.02149.
 Command    python -m latentgen.main --config=experiments/csrae.py
-Default    scikit-learn's 8x8 digits, binarised afresh at every access; 8 latent dimensions, 50 components; a minute on two CPU cores.
+Default    scikit-learn's 8x8 digits, binarised afresh at every access; 8 latent dimensions, 50 components; about a minute on two
+           CPU cores.
 Variants   :smoke (seconds)
            :density (importance samples from half posterior, half prior)  and, on the same network and data,
            :standard (a VAE)  :mixture (the same mixture, on the ELBO)  :vamp (its components from pseudo-inputs, on the ELBO);
            --sweep=priors runs these four, three seeds each
-           :clustering (grey digits, ten components)  :semi (ten labels a class, two components a class)
+           :clustering (grey digits, ten components, three stages)  :semi (ten labels a class, two components a class)
            :blobs (four blobs in the plane, four components)
            :mnist (MLP 300-300, 40 latent dimensions, 500 components; data prepared once by tensorflow-datasets)
 
-Deviations. Of the paper only the abstract could be read, and no code of its authors exists; objective and prior are derived from
-the abstract and from the closed form, all numbers below are ours (paper / here / why):
+Deviations. Of the paper only the abstract could be read, and no code of its authors was found; the objective is what the
+abstract says, and all numbers below are ours (paper / here / why):
   the constant in front of the divergence: unread / -log(int q p / sqrt(int q^2 int p^2)), a factor 2 would be one of lambda
   constrained objective, weights unread / constant lambda; method.target adapts it to a divergence / one number fewer to search
-  how the prior is initialised: unread / after a tenth of the steps at codes of one batch / components that start in one place
-    spread over several clusters
+  how the prior is initialised: unread / after a tenth of the steps at codes of one batch, or by a fit to the codes of a VAE
+    (:clustering) / components that start in one place spread over several clusters
   unbounded variances / components at most 2 wide / the divergence hardly sees how much wider than q a component is
   :mnist follows the protocol of Tomczak and Welling, 2018 (arXiv 1705.07120), which had gated layers / relu
 """
@@ -32,6 +33,9 @@ PRIORS = dict(
   mixture=dict(objective='elbo', prior='free'),
   vamp=dict(objective='elbo', prior='pseudo'),
 )
+
+
+GREY = dict(name='digits', batch_size=200), dict(likelihood='normal', scale=0.15)  # data and model, without noise on the pixels
 
 
 def base(data: dict, model: dict, steps: int, **method) -> ConfigDict:
@@ -58,10 +62,9 @@ def digits(**method) -> ConfigDict:
   return base(dict(name='digits', batch_size=100, binarize='fresh', bits=8), {}, 4000, **method)
 
 
-def grey(components: int, **method) -> ConfigDict:
-  """Digits without noise, in three stages: a VAE, a mixture fitted to its codes, and from there all together."""
-  model = dict(likelihood='normal', scale=0.15)
-  config = base(dict(name='digits', batch_size=200), model, 2000, components=components, warmup_portion=0.0, restart=0.0, **method)
+def clustering(components: int, weight: float) -> ConfigDict:
+  """Three stages: a VAE, a mixture fitted to its codes, and from there all together."""
+  config = base(*GREY, 2000, components=components, weight=weight, warmup_portion=0.0, restart=0.0)
   stages = config.stages
   with config.unlocked():
     config.recipe = ('vae', 'fit', 'cs')
@@ -82,12 +85,15 @@ def get_config(variant: str = '') -> ConfigDict:
     config = digits(**PRIORS[variant], defensive=0.5)
     config.evaluate.likelihood.samples = 5000
   elif variant == 'clustering':
-    config = grey(components=10, weight=5.0)
+    config = clustering(components=10, weight=5.0)
     config.evaluate.tasks = ('clustering', 'latent_space')
   elif variant == 'semi':
-    config = grey(components=20, weight=5.0, classes=10, alpha=10.0)
+    data, model = GREY
+    config = base(
+      dict(data, labels_per_class=10, labelled_copies=5), model, 3000, components=20, weight=5.0, classes=10, alpha=10.0
+    )
+    config.stages.vae.best = ''
     with config.unlocked():
-      config.data.update(labels_per_class=10, labelled_copies=5)
       config.evaluate.classification = dict()
     config.evaluate.tasks = ('classification', 'clustering', 'latent_space')
   elif variant == 'blobs':

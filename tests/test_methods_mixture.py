@@ -103,7 +103,8 @@ def test_overlap_is_the_integral():
   z = np.linspace(-20, 20, 200_001)
   want = [np.log(w * np.sum(stats.norm.pdf(z, *q) * stats.norm.pdf(z, m, s)) * (z[1] - z[0])) for w, m, s in zip(
     weights, loc[:, 0], scale[:, 0], strict=True)]  # fmt: skip
-  got = priors.log_overlap(Normal(*(jnp.float32(a)[None] for a in q)), GaussianMixture(*map(jnp.float32, (weights, loc, scale))))
+  q = Normal(*(jnp.float32(a)[None] for a in q))
+  got = priors.log_overlap(q, GaussianMixture(*map(jnp.float32, (weights, loc, scale))))
   np.testing.assert_allclose(got[0], want, atol=1e-5)
 
 

@@ -35,8 +35,8 @@ class MixturePrior(LatentMethod):
   and the loss has the term -alpha log p(y|x), with p(y|x) the share of the class in the overlap of q(z|x) and the mixture.
 
   A component whose running share of the data falls below `reseed` / c starts anew at an example of the batch far from the
-  others (of its class, where there are classes). Its parameters stay where the optimiser has them: a shift is added to them, which lives in
-  the statistics of the group `prior`.
+  others (of its class, where there are classes). Its parameters stay where the optimiser has them: a shift is added to them,
+  which lives in the statistics of the group `prior`.
 
   Args:
     net: a network with one group of latent vectors and a Gaussian posterior.

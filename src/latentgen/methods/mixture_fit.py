@@ -1,7 +1,7 @@
 """A mixture prior fitted to the codes of a trained encoder by expectation maximisation: a stage in closed form.
 
-Ghosh, Sajjadi, Vergari, Black and Schölkopf, "From Variational to Deterministic Autoencoders", 2020, arXiv 1903.12436, section 4
-(ex-post density estimation). The fit is a prior by itself, or where the training of another begins.
+Ghosh, Sajjadi, Vergari, Black and Schölkopf, "From Variational to Deterministic Autoencoders", 2020, arXiv 1903.12436, section
+4 (ex-post density estimation). The fit is a prior by itself, or where the training of another begins.
 """
 
 from collections.abc import Iterable

@@ -48,8 +48,8 @@ class Mixture:
     mode: one of MODES.
     learned_weights: weights are softmax(logits); else 1 / c.
     spread: deviation of the initial means (free).
-    max_scale: upper bound of the components' deviations, above 1 (free). The Cauchy-Schwarz divergence of a narrow q from a wide
-      p grows as half the log of their ratio only, so that components without a bound spread over several clusters.
+    max_scale: upper bound of the components' deviations, above 1 (free). The Cauchy-Schwarz divergence of a narrow q from a
+      wide p grows as half the log of their ratio only, so that components without a bound spread over several clusters.
     prototypes: means, c tuples of d numbers (fixed).
 
   References:
