@@ -2,8 +2,8 @@
 
 Paper      Tran, Pantic, Deisenroth, "Cauchy-Schwarz Regularized Autoencoder", JMLR 23(115), 2022, arXiv 2101.02149.
 Command    python -m latentgen.main --config=experiments/csrae.py
-Default    scikit-learn's 8x8 digits, binarised afresh at every access; 8 latent dimensions, 50 components; about a minute on two
-           CPU cores.
+Default    scikit-learn's 8x8 digits, binarised afresh at every access; 8 latent dimensions, 50 components; about a minute on
+           two CPU cores.
 Variants   :smoke (seconds)
            :density (importance samples from half posterior, half prior)  and, on the same network and data,
            :standard (a VAE)  :mixture (the same mixture, on the ELBO)  :vamp (its components from pseudo-inputs, on the ELBO);
@@ -72,7 +72,10 @@ def clustering(components: int, weight: float) -> ConfigDict:
     stages.cs.load = dict(encoder='vae', decoder='vae', prior='fit')
     stages.cs.best = ''
     stages.fit = dict(
-      steps=0, method=dict(name='mixture_fit', components=components, learned_weights=False, max_scale=2.0, restarts=10),
+      steps=0,
+      method=dict(
+        name='mixture_fit', components=components, learned_weights=False, max_scale=2.0, restarts=10, covariance='full'
+      ),
       load=dict(encoder='vae', decoder='vae'),
     )  # fmt: skip
     stages.vae.method = dict(name='vae', beta=1.0, warmup_portion=0.1)
@@ -99,7 +102,7 @@ def get_config(variant: str = '') -> ConfigDict:
   elif variant == 'blobs':
     config = base(
       dict(name='toy', kind='blobs', batch_size=200), dict(latent=2, hidden=(32,), likelihood='normal', scale=0.5), 1500,
-      components=4,
+      components=4, reseed=0.5,
     )  # fmt: skip
     config.stages.vae.optim.vae.update(learning_rate=5e-3, final_learning_rate=5e-4)
     config.stages.vae.best = ''

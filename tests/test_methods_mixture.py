@@ -389,10 +389,11 @@ def test_an_interrupted_run_ends_as_an_undisturbed_one_to_the_bit(tmp_path):
   assert rows[0] == rows[1] and json.loads(rows[0].splitlines()[2])['vae/reseeded'] == 3
 
 
-def test_fit_finds_the_mixture_of_the_codes():
+@pytest.mark.parametrize('covariance', ['diag', 'full'])
+def test_fit_finds_the_mixture_of_the_codes(covariance):
   """Codes are the images, drawn from three Gaussians of weights 1/2, 1/3 and 1/6."""
   net = vae.build((1, 2, 1), latent=2, hidden=(), likelihood='normal')
-  method = fitting.build(net, 0, components=3, restarts=2)
+  method = fitting.build(net, 0, components=3, restarts=2, covariance=covariance)
   rng = np.random.default_rng(0)
   k = np.resize([0, 0, 0, 1, 1, 2], 6000)
   loc, scale = np.array([[0.0, 4.0], [5.0, 0.0], [-4.0, -4.0]]), np.array([[0.5, 1.0], [1.0, 0.5], [0.3, 0.3]])
@@ -417,7 +418,7 @@ def blobs(components, seeds):
   """Methods trained on four blobs, 1500 steps of 200 points; the seeds all at once."""
   net = vae.build((1, 2, 1), latent=2, hidden=(32,), likelihood='normal', scale=0.5)
   data, steps = toy.load('blobs', train=2000, valid=100, test=500), 1500
-  method = methods.build(net, steps, components=components, warmup_portion=0.1, restart=0.1)
+  method = methods.build(net, steps, components=components, warmup_portion=0.1, restart=0.1, reseed=0.5)
   stage = Stage('vae', method, {'vae': optim.build('', steps, 'adam', 5e-3, final_learning_rate=5e-4)}, steps)
   preprocess = lambda key, batch, train: batch
   x = jnp.asarray(data['train'].take(slice(None))['image'])

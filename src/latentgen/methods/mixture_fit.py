@@ -6,6 +6,7 @@ Ghosh, Sajjadi, Vergari, Black and Schölkopf, "From Variational to Deterministi
 
 from collections.abc import Iterable
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +26,12 @@ class FittedMixture(MixturePrior):
 
   Args:
     restarts: fits, from k-means each, of which the likeliest is kept.
+    covariance: of the mixture that is fitted: 'diag', or 'full', of which the prior takes the variances alone. The
+      latter is no fit of this prior, but where its training had better begin: clusters of codes need not be axis-aligned before.
   """
 
   restarts: int = 10
+  covariance: Literal['diag', 'full'] = 'diag'
 
   def fit(self, variables: Variables, batches: Iterable[Batch], key: Key) -> Variables:
     """The parameters of the mixture that is fitted to posterior means."""
@@ -37,9 +41,11 @@ class FittedMixture(MixturePrior):
     codes = np.concatenate([np.asarray(encode(batch['image']), np.float64) for batch in batches])
     seed = int(jax.random.randint(key, (), 0, 2**31 - 1))
     found = GaussianMixture(
-      self.prior.components, covariance_type='diag', n_init=self.restarts, max_iter=500, reg_covar=FLOOR, random_state=seed
-    ).fit(codes)
-    log_scale = jnp.asarray(0.5 * np.log(found.covariances_), jnp.float32)
+      self.prior.components, covariance_type=self.covariance, n_init=self.restarts, max_iter=500, reg_covar=FLOOR,
+      random_state=seed,
+    ).fit(codes)  # fmt: skip
+    variance = found.covariances_ if self.covariance == 'diag' else np.diagonal(found.covariances_, axis1=1, axis2=2)
+    log_scale = jnp.asarray(0.5 * np.log(variance), jnp.float32)
     prior = {
       'loc': jnp.asarray(found.means_, jnp.float32),
       'log_scale': mixtures.unbound(log_scale, self.prior.max_scale),
@@ -57,6 +63,7 @@ def build(
   learned_weights: bool = True,
   max_scale: float = 2.0,
   restarts: int = 10,
+  covariance: str = 'diag',
 ) -> FittedMixture:
   """The method as a config names it; see priors.mixture.Mixture and FittedMixture.
 
@@ -66,4 +73,6 @@ def build(
   mixture = mixtures.checked(components=components, learned_weights=learned_weights, max_scale=max_scale)
   if restarts < 1:
     raise UserError(f'method.restarts is {restarts}, need at least 1')
-  return FittedMixture(net, mixture, steps, restarts=restarts)
+  if covariance not in ('diag', 'full'):
+    raise UserError(f"method.covariance is {covariance!r}, need 'diag' or 'full'")
+  return FittedMixture(net, mixture, steps, restarts=restarts, covariance=covariance)
