@@ -28,10 +28,10 @@ import nvae
 VARIANTS = ('smoke', 'density', 'standard', 'mixture', 'vamp', 'clustering', 'semi', 'blobs', 'mnist')
 
 PRIORS = dict(
-  density=dict(objective='cauchy_schwarz', prior='free'),
-  standard=dict(objective='elbo', prior='standard'),
-  mixture=dict(objective='elbo', prior='free'),
-  vamp=dict(objective='elbo', prior='pseudo'),
+  density=dict(objective='cauchy_schwarz', prior='free', weight=2.0),
+  standard=dict(objective='elbo', prior='standard', weight=1.0),
+  mixture=dict(objective='elbo', prior='free', weight=1.0),
+  vamp=dict(objective='elbo', prior='pseudo', weight=1.0),
 )
 
 
@@ -118,7 +118,7 @@ def get_config(variant: str = '') -> ConfigDict:
     config.train.checkpoint_every_steps = 5 * epoch
     config.evaluate.likelihood.update(samples=5000, chunk=10)
   else:
-    config = digits()
+    config = digits(**PRIORS['density'])
   if variant == 'smoke':
     config.model.hidden = (16,)
     config.stages.vae.method.components = 5

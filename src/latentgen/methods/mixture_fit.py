@@ -27,7 +27,7 @@ class FittedMixture(MixturePrior):
   Args:
     restarts: fits, from k-means each, of which the likeliest is kept.
     covariance: of the mixture that is fitted: 'diag', or 'full', of which the prior takes the variances alone. The
-      latter is no fit of this prior, but where its training had better begin: clusters of codes need not be axis-aligned before.
+      latter is no fit of this prior, but a better start for training it: clusters of codes need not be axis-aligned before.
   """
 
   restarts: int = 10
