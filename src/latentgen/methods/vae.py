@@ -30,7 +30,8 @@ class VAE(LatentMethod):
     warmup_portion: share of T over which the KL weight rises linearly to `beta`; 0 is no warm-up.
     warmup_start: share of T before the rise; also the floor of the weight.
     balance: equalise the groups' KL during warm-up.
-    free_bits: nats of KL per group that cost nothing.
+    free_bits: nats of KL per group and image that cost nothing.
+    free_bits_decay: last share of T over which they fall linearly to 0; 0 keeps them.
     spectral: weight of the spectral term, (first, last), interpolated geometrically along the warm-up; (0, 0) is off.
   """
 
@@ -41,6 +42,7 @@ class VAE(LatentMethod):
   warmup_start: float = 1e-4
   balance: bool = False
   free_bits: float = 0.0
+  free_bits_decay: float = 0.0
   spectral: tuple[float, float] = (0.0, 0.0)
 
   def init(self, key: Key, batch: Batch) -> Variables:
@@ -59,12 +61,18 @@ class VAE(LatentMethod):
       return jnp.ones(())
     return losses.kl_warmup(step, self.steps, self.warmup_start, self.warmup_portion)
 
+  def floor(self, step: Array) -> Array | float:
+    """Free bits at a step, nats."""
+    if not self.free_bits_decay:
+      return self.free_bits
+    return self.free_bits * jnp.clip((self.steps - step) / (self.free_bits_decay * self.steps), 0.0, 1.0)
+
   def loss(self, params: Params, ctx: Context) -> tuple[Array, Aux]:
     trace, stats = self.infer(params, ctx.stats, ctx.batch['image'], ctx.key, self.samples, train=True)
     kl = per_group(trace.rate())  # [l, b]
     log_px = trace.log_px.mean(0)  # [b]
     ramp = self.schedule(ctx.step)
-    weighted = losses.free_bits(kl, self.free_bits) if self.free_bits else kl
+    weighted = losses.free_bits(kl, self.floor(ctx.step)) if self.free_bits else kl
     if self.balance:
       gamma = losses.kl_balance(weighted, balance_alpha(trace))
       weighted = jnp.where(ramp < 1.0, gamma, 1.0)[:, None] * weighted
@@ -96,4 +104,8 @@ def build(net: LatentNet, steps: int, **options) -> VAE:
   options['spectral'] = tuple(options.get('spectral', (0.0, 0.0)))
   if len(options['spectral']) != 2 or min(options['spectral']) < 0 or (0.0 in options['spectral'] and any(options['spectral'])):
     raise UserError('method.spectral needs two weights, both positive or both 0')
+  if options.get('free_bits', 0.0) < 0:
+    raise UserError(f'method.free_bits is {options["free_bits"]}, need at least 0')
+  if not 0 <= options.get('free_bits_decay', 0.0) <= 1:
+    raise UserError(f'method.free_bits_decay is {options["free_bits_decay"]}, need a share of the stage, 0 to 1')
   return VAE(net, steps, **options)
