@@ -116,13 +116,15 @@ class BIVA(nn.Module):
     trace = self._run(x, x.shape[0], k, choose, train, y)[0]
     return trace.replace(log_px=trace.px.log_prob(x))
 
-  def infer_classes(self, x: Array, k: int = 1, train: bool = False) -> tuple[Trace, Array]:
+  def infer_classes(
+    self, x: Array, k: int = 1, train: bool = False, choose: Choose = ancestral
+  ) -> tuple[Trace, Array]:
     """Posterior passes conditioned on every class in turn, over one bottom-up pass a sample.
 
     Returns:
       Trace with k * classes samples, the class the faster axis; log q(y | x, z^BU), [k, b, classes].
     """
-    trace, logits = self._run(x, x.shape[0], k, ancestral, train, None, every_class=True)
+    trace, logits = self._run(x, x.shape[0], k, choose, train, None, every_class=True)
     return trace.replace(log_px=trace.px.log_prob(x)), jax.nn.log_softmax(logits)
 
   def classify(self, x: Array, k: int = 1, train: bool = False) -> Array:

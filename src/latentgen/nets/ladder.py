@@ -100,7 +100,8 @@ def beside(h: Array, y: Array | None) -> Array:
   """Appends classes [n, c] to the channels of a vector or of every place of a map."""
   if y is None:
     return h
-  return jnp.concatenate([h, jnp.broadcast_to(y.reshape(-1, *(1,) * (h.ndim - 2), y.shape[-1]), (*h.shape[:-1], y.shape[-1]))], -1)
+  everywhere = y.reshape(-1, *(1,) * (h.ndim - 2), y.shape[-1])
+  return jnp.concatenate([h, jnp.broadcast_to(everywhere, (*h.shape[:-1], y.shape[-1]))], -1)
 
 
 class Up(nn.Module):
@@ -254,7 +255,7 @@ class Layer(nn.Module):
 
 
 class Top(nn.Module):
-  """q(z_L | x, z^BU, y): a gated block and a head."""
+  """q(z_L | x, z^BU, y): a gated block without shortcut and a head."""
 
   block: Callable[..., Gated]
   head: Callable[..., Head]
@@ -262,4 +263,4 @@ class Top(nn.Module):
   @nn.compact
   def __call__(self, feature: Array, y: Array | None, train: bool) -> Normal:
     """[n, h, w, c], [n, classes] or None -> Normal of z_L."""
-    return self.head(name='head')(self.block(name='merge')(beside(feature, y), train=train))
+    return self.head(name='head')(self.block(shortcut=False, name='merge')(beside(feature, y), train=train))

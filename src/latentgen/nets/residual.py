@@ -4,9 +4,11 @@ Salimans and Kingma, "Weight Normalization", 2016, arXiv 1602.07868. Maaloe, Fra
 Hierarchy of Latent Variables for Generative Modeling", 2019, arXiv 1902.02102.
 """
 
+import math
 from typing import Any
 
 from flax import linen as nn
+import jax
 import jax.numpy as jnp
 
 from latentgen.nets import convolution
@@ -39,7 +41,9 @@ class Normed(nn.Module):
   def __call__(self, x: Array) -> Array:
     """[..., i] -> [..., o], or [n, h, w, i] -> [n, ceil(h / stride), ceil(w / stride), o]."""
     k = self.kernel_size
-    kernel = self.param('kernel', nn.initializers.normal(0.05), (*(k, k) * (k > 0), x.shape[-1], self.features))
+    shape = (*(k, k) * (k > 0), x.shape[-1], self.features)
+    # Drawn flat: XLA's CPU backend compiles draws of several axes many times slower.
+    kernel = self.param('kernel', lambda key: 0.05 * jax.random.normal(key, (math.prod(shape),)).reshape(shape))
     direction = kernel / jnp.sqrt(jnp.square(kernel).sum(tuple(range(kernel.ndim - 1)), keepdims=True))
 
     def linear(kernel: Array) -> Array:
