@@ -7,7 +7,7 @@ Command    python -m latentgen.main --config=experiments/biva.py
 Default    scikit-learn's 8x8 digits at 4 bits, three layers; minutes on two CPU cores.
 Variants   :smoke (seconds)
            :lvae     no bottom-up latents, precision-weighted posteriors; the default's sizes
-           :no_skip  the default without skip connections in the generative model (upper layers collapse)
+           :no_skip  the default without skip connections in the generative model
            :semi     the default with 10 labels a class, the others unlabelled
            :anomaly  trained on binarised Fashion-MNIST, outliers MNIST; IDX files in --config.data.path=DIR and
                      --config.evaluate.anomaly.outliers.mnist.path=DIR

@@ -128,7 +128,12 @@ def mode(level, group, q, context, key):
 def params():
   shapes = jax.eval_shape(lambda: NET.init({'params': KEY, 'sample': KEY}, X, method='infer')['params'])
   rng = np.random.default_rng(1)
-  return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), shapes)
+
+  def draw(path, leaf):
+    values = rng.uniform(1.5, 3.0, leaf.shape) if path[-1].key == 'gain' else rng.normal(size=leaf.shape)
+    return jnp.asarray(values, jnp.float32)
+
+  return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 P = params()
