@@ -84,8 +84,8 @@ class SemiSupervised(vae.VAE):
     label = ctx.batch['label']
     known = label >= 0
     picked = jnp.take_along_axis(log_p, jnp.maximum(label, 0)[:, None], 1)[:, 0]
-    classifier = {'cross_entropy': jnp.where(known, -picked, 0.0), 'error': (known & (log_p.argmax(1) != label)).astype(jnp.float32)}
-    return {**super().metrics(params, ctx), **classifier}
+    wrong = (known & (log_p.argmax(1) != label)).astype(jnp.float32)
+    return {**super().metrics(params, ctx), 'cross_entropy': jnp.where(known, -picked, 0.0), 'error': wrong}
 
   def classify(self, variables: Variables, x: Array, key: Key) -> Array:
     """log q(y | x) with `samples` bottom-up samples, averaged as probabilities: [b, classes]."""

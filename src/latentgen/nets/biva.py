@@ -6,8 +6,8 @@ Maaloe, Fraccaro, Lievin and Winther, "BIVA: A Very Deep Hierarchy of Latent Var
 p(x, z) = p(x | z) p(z_L) prod_{i<L} p(z_i^TD | z_>i) p(z_i^BU | z_>i)
 q(z | x) = q(z_L | x, z_<L^BU) prod_{i<L} q(z_i^BU | x, z_<i^BU) q(z_i^TD | x, z_<i^BU, z_>i)
 
-A level of a Trace is a layer, coarse to fine; its groups are (TD, BU), the top has one. Samples k are folded into the batch behind
-the images, [b * k, ...]. With classes, y joins z at every stage of the generative model, and in q(z_L | .).
+A level of a Trace is a layer, coarse to fine; its groups are (TD, BU), the top has one. Samples k are folded into the batch
+behind the images, [b * k, ...]. With classes, y joins z at every stage of the generative model, and in q(z_L | .).
 """
 
 from collections.abc import Sequence
@@ -40,8 +40,8 @@ def _terms(prior: Normal, q: Normal | None, z: Array, context: Array) -> dict[st
 class BIVA(nn.Module):
   """See `types.LatentNet` for the methods. Initialise with `method='infer'` on images: the layers take their scales from them.
 
-  The context of a group is the state that its prior is computed from, flattened for vectors; the top has zeros. KLs are log-ratios
-  of one sample, as published: a Trace has no closed form.
+  The context of a group is the state that its prior is computed from, flattened for vectors; the top has zeros. KLs are
+  log-ratios of one sample, as published: a Trace has no closed form.
 
   Args:
     image_shape: (h, w, c).
@@ -108,8 +108,8 @@ class BIVA(nn.Module):
       x: images.
       k: samples an image.
       train: with dropout.
-      y: classes, one-hot [b, classes], on which the Trace is conditioned; None draws y ~ q(y | x, z^BU) where there are classes,
-        and the top level's log_q and log_p have log q(y | .) and log p(y) in them.
+      y: classes, one-hot [b, classes], on which the Trace is conditioned; None draws y ~ q(y | x, z^BU) where there are
+        classes, and the top level's log_q and log_p have log q(y | .) and log p(y) in them.
       choose: picks each latent from its posterior; its context is the state for TD, the features b_i for BU.
     """
     y = None if y is None else jnp.repeat(y, k, axis=0)

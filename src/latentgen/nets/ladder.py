@@ -154,7 +154,9 @@ class Down(nn.Module):
 class Encoder(nn.Module):
   """Bottom-up inference: the stochastic path of z^BU, and features for top-down inference.
 
-  b_i = stage(s_{i-1}; concat(b_{i-1}, t_{i-1})), z_i^BU ~ q(. | b_i), s_i = map(z_i^BU); t_i = stage(t_{i-1}; b_i); s_0 = t_0 = x.
+  b_i = stage(s_{i-1}; concat(b_{i-1}, t_{i-1})), z_i^BU ~ q(. | b_i), s_i = map(z_i^BU)
+  t_i = stage(t_{i-1}; b_i); s_0 = t_0 = x
+
   Without the bottom-up path t_i = stage(t_{i-1}). The first stage is shared by all samples of an image; without the bottom-up
   path everything is.
 
