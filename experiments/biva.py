@@ -10,7 +10,7 @@ Default    scikit-learn's 8x8 digits at 4 bits, three layers; minutes on two CPU
 Variants   :smoke (seconds)
            :lvae     no bottom-up latents, precision-weighted posteriors; the default's sizes
            :no_skip  the default without skip connections in the generative model
-           :semi     the default with 10 labels a class, the others unlabelled
+           :semi     half of the default's width, 10 labels a class, the others unlabelled
            :anomaly  trained on binarised Fashion-MNIST, outliers MNIST; IDX files in --config.data.path=DIR and
                      --config.evaluate.anomaly.outliers.mnist.path=DIR
            :mnist  :cifar10   architecture, batch, optimiser and free bits as published (15 layers and 103 M parameters for
@@ -101,7 +101,8 @@ def semi(config: ConfigDict, labels: int, images: int) -> ConfigDict:
   """Labels for so many images a class of ten, and a class in the generative model."""
   with config.unlocked():
     config.data.update(labels_per_class=labels, labelled_copies=1)
-    config.model.num_classes = 10
+    config.model.update(num_classes=10, filters=16)  # every class passes through the generative model
+    config.stages.vae.steps = 1000
     config.stages.vae.method = ConfigDict(
       dict(name='semi_supervised', alpha=0.1 * images / (10 * labels), free_bits=2.0, free_bits_decay=0.2)
     )
