@@ -12,6 +12,16 @@ Variants   :smoke (seconds)
            :blobs (four blobs in the plane, four components)
            :mnist (MLP 300-300, 40 latent dimensions, 500 components; data prepared once by tensorflow-datasets)
 
+Measured on the 250 test digits, in nats, means of seeds 0 and 1 (--config.seed; the standard error over images
+is 0.3 for each; all models see the same ones):
+               ELBO     log p(x), 5000 samples   effective samples
+  :density    -22.65   -22.20                   1011
+  :standard   -22.90   -22.54                    870
+  :mixture    -22.55   -22.18                   1304
+  :vamp       -22.52   -22.14                   1393
+:clustering, accuracy (NMI), means of seeds 0 to 2, standard error over images 0.025: 0.820 (0.829); Gaussian mixture on the
+codes of its first stage, --config.recipe="('vae',)": 0.789 (0.813); k-means on pixels: 0.756 (0.730).
+
 Deviations. Of the paper only the abstract could be read, and no code of its authors was found; the objective is what the
 abstract says, and all numbers below are ours (paper / here / why):
   the constant in front of the divergence: unread / -log(int q p / sqrt(int q^2 int p^2)), a factor 2 would be one of lambda
