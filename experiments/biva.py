@@ -97,14 +97,14 @@ def published(variant: str) -> ConfigDict:
   return config
 
 
-def semi(config: ConfigDict, labels: int, images: int) -> ConfigDict:
+def semi(config: ConfigDict, labels: int) -> ConfigDict:
   """Labels for so many images a class of ten, and a class in the generative model."""
   with config.unlocked():
-    config.data.update(labels_per_class=labels, labelled_copies=1)
+    config.data.update(labels_per_class=labels, labelled_copies=5)
     config.model.update(num_classes=10, filters=16)  # every class passes through the generative model
     config.stages.vae.steps = 1000
     config.stages.vae.method = ConfigDict(
-      dict(name='semi_supervised', alpha=0.1 * images / (10 * labels), free_bits=2.0, free_bits_decay=0.2)
+      dict(name='semi_supervised', alpha=20.0, free_bits=2.0, free_bits_decay=0.2)
     )
     config.stages.vae.optim = ConfigDict(dict(semi=config.stages.vae.optim.vae))
     config.evaluate.tasks = ('likelihood', 'classification', 'samples')
@@ -125,4 +125,4 @@ def get_config(variant: str = '') -> ConfigDict:
     config.model.update(bottom_up=False, merge='precision')
   if variant == 'no_skip':
     config.model.skip = False
-  return semi(config, 10, 1297) if variant == 'semi' else config
+  return semi(config, 10) if variant == 'semi' else config

@@ -41,19 +41,22 @@ VARIANTS = ('smoke', *OBJECTIVES, 'mnist', 'mnist_2layers', 'mnist_short')
 ONE_LAYER = dict(latents=(50,), hidden=((200, 200),))
 TWO_LAYERS = dict(latents=(100, 50), hidden=((200, 200), (100, 100)))
 MNIST = dict(name='tfds', dataset='mnist', valid=400, in_memory=True, binarize='fresh')
+PUBLISHED = dict(
+  name='adam', learning_rate=1e-3, final_learning_rate=1e-4, schedule='stairs', b1=0.99, b2=0.999, eps=1e-4,
+)  # fmt: skip
+FASTER = dict(schedule='cosine', b1=0.9, eps=1e-8)
 EPOCHS = 3280  # sum of 3^i, i = 0..7
 EPOCH = 596  # steps of :mnist_short, of 100 images
 
 
 def base(data: dict, model: dict, steps: int, method: dict, samples: int) -> ConfigDict:
   """The recipe that all variants share; `samples` is the K of the evaluation."""
-  adam = dict(name='adam', learning_rate=1e-3, final_learning_rate=1e-4, schedule='stairs', b1=0.99, b2=0.999, eps=1e-4)
   config = nvae.base(dict(data, batch_size=20), {}, steps, 0, (0.0, 0.0), 1e-3)
   config.model = dict(name='markov', activation='tanh', likelihood='bernoulli', **model)
   config.recipe = ('iwae',)
   config.stages = dict(
     iwae=dict(
-      steps=steps, method=dict(name='iwae', **{'beta': 0.5, 'alpha': 0.0, **method}), optim=dict(generation=adam, inference=adam)
+      steps=steps, method=dict(name='iwae', **{'beta': 0.5, 'alpha': 0.0, **method}), optim=dict(generation=PUBLISHED, inference=PUBLISHED)
     )
   )
   config.evaluate.tasks = ('likelihood', 'samples')
@@ -70,7 +73,7 @@ def short(config: ConfigDict) -> ConfigDict:
   config.stages.iwae.load = dict(encoder='start', decoder='start')
   for name, first, last in (('start', 3e-3, 5e-4), ('iwae', 5e-4, 1e-5)):
     for optim in config.stages[name].optim.values():
-      optim.update(learning_rate=first, final_learning_rate=last, schedule='cosine', b1=0.9, eps=1e-8)
+      optim.update(learning_rate=first, final_learning_rate=last, **FASTER)
   return config
 
 
@@ -78,7 +81,10 @@ def get_config(variant: str = '') -> ConfigDict:
   if not variant.startswith('mnist'):
     method = OBJECTIVES.get(variant, OBJECTIVES['iwae'])
     model = dict(latents=(8,), hidden=((64, 64),))
-    config = base(dict(name='digits', binarize='fresh'), model, 20_000, method, 1000)
+    config = base(dict(name='digits', binarize='fresh'), model, 8000, method, 1000)
+    config.data.batch_size = 100
+    for optim in config.stages.iwae.optim.values():
+      optim.update(learning_rate=2e-3, final_learning_rate=1e-5, **FASTER)
     if variant == 'smoke':
       config.data.batch_size = 8
       config.stages.iwae.steps = 2

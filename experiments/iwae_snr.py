@@ -31,7 +31,7 @@ def get_config(variant: str = '') -> ConfigDict:
     config.model = dict(name='markov', latents=(3,), hidden=((),), likelihood='normal', scale=0.5)
     config.stages.iwae.method.update(objective='vae', outer=1, samples=1)
     for optim in config.stages.iwae.optim.values():
-      optim.update(learning_rate=1e-2, final_learning_rate=1e-5, schedule='cosine', eps=1e-8)
+      optim.update(learning_rate=1e-2, final_learning_rate=1e-5)
     if not variant:
       config.stages.iwae.steps = 10_000
     snr = dict(draws=8, chunk=4, inner=(1, 4), outer=(1, 4)) if variant else dict(draws=50_000, chunk=500, inner=(4, 8, 16, 32, 64), perturb=0.005)

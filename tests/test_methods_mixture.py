@@ -322,7 +322,7 @@ def linear(posterior=(0.5, 0.0, 1.0, 1.0)):
 def test_importance_weights_reach_the_evidence(share):
   method, variables, x, want = linear()
   method = dataclasses.replace(method, defensive=share)
-  function = jax.jit(likelihood.terms(method.trace, 20_000, 1000, propose=method.propose))
+  function = jax.jit(likelihood.terms(method.trace, method.propose, 20_000, 1000))
   found = function(variables, x, KEY)
   assert np.all(found['ess'] > 100)
   np.testing.assert_allclose(found['iwae'], want, atol=0.15)
@@ -334,7 +334,7 @@ def test_a_defensive_proposal_covers_what_a_narrow_posterior_misses():
   found = {}
   for share in (0.0, 0.5):
     method = dataclasses.replace(method, defensive=share)
-    found[share] = jax.jit(likelihood.terms(method.trace, 20_000, 1000, propose=method.propose))(variables, x, KEY)
+    found[share] = jax.jit(likelihood.terms(method.trace, method.propose, 20_000, 1000))(variables, x, KEY)
   np.testing.assert_allclose(found[0.5]['iwae'], want, atol=0.15)
   assert np.all(found[0.0]['iwae'] < want - 5)
   np.testing.assert_allclose(found[0.0]['reconstruction'], found[0.5]['reconstruction'], rtol=1e-5)  # of q in either case

@@ -42,8 +42,10 @@ def test_the_table_has_the_swept_keys_first(tmp_path):
   place(tmp_path)
   sweeps.collect(experiment(), 'beta', SETS, tmp_path)
   lines = (tmp_path / 'beta.md').read_text().splitlines()
-  assert lines[:7] == [
+  assert lines[:9] == [
     '# some, sweep beta',
+    '',
+    '## Runs',
     '',
     '| run | model.scale | likelihood/elbo | likelihood/rate |',
     '| --- | --- | --- | --- |',
@@ -51,7 +53,9 @@ def test_the_table_has_the_swept_keys_first(tmp_path):
     '| beta-1 | 0.1 | 20.25 | 14 |',
     '| beta-2 | learned | 31 | 16 |',
   ]
-  assert lines[8:] == [
+  assert lines[10:] == [
+    '## All results',
+    '',
     '| result | unit | beta-0 | beta-1 | beta-2 |',
     '| --- | --- | --- | --- | --- |',
     '| likelihood/elbo | nats | -60 | 20.25 | 31 |',
@@ -67,6 +71,17 @@ def test_seeds_have_mean_and_spread(tmp_path):
   mean, deviation = (float(cell) for cell in row.strip('| ').split(' | ')[-2:])
   np.testing.assert_allclose([mean, deviation], [2.75, np.std([1.25, 2.5, 4.5], ddof=1)], atol=0.06)
   assert '<img' not in (tmp_path / 'seeds.html').read_text()
+
+
+def test_settings_with_several_seeds_have_a_column_each(tmp_path):
+  place(tmp_path, 'both', [(1.0, 2.0), (3.0, 2.0), (10.0, 2.0), (14.0, 2.0)])
+  sets = [{'model.scale': scale, 'model.same': 1, 'seed': seed} for scale in (0.5, 'learned') for seed in (0, 1)]
+  sweeps.collect(experiment(()), 'both', sets, tmp_path)
+  lines = (tmp_path / 'both.md').read_text().split('## Runs')[0].splitlines()
+  assert '| result | unit | 0.5 | learned |' in lines
+  row = next(line for line in lines if line.startswith('| likelihood/elbo')).strip('| ').split(' | ')
+  found = [float(number) for cell in row[2:] for number in cell.split(' ± ')]
+  np.testing.assert_allclose(found, [2.0, 2**0.5, 12.0, 8**0.5], atol=0.06)
 
 
 def test_the_page_loads_nothing_and_escapes_what_it_shows(tmp_path):

@@ -84,9 +84,11 @@ def collect(file: File, name: str, sets: Sequence[Mapping[str, Any]], workdir: p
       hint = 'train it first' if isinstance(error, FileNotFoundError) else f'cannot be read ({type(error).__name__})'
       raise UserError(f'--workdir: run {i} of sweep {name!r} has no results: {path}; {hint}') from error
     members.append(Member(f'{name}-{i}', overrides, results))
-  tables = runs_table(members, keys, listed), results_table(members, keys)
+  tables = {'Runs': runs_table(members, keys, listed), 'All results': results_table(members, keys)}
+  if set(keys) > {'seed'}:
+    tables = {'Mean and standard deviation over seeds': seeds_table(members, keys), **tables}
   title = f'{file.name}, sweep {name}'
-  text = f'# {title}\n\n' + '\n\n'.join(markdown(*table) for table in tables) + '\n'
+  text = f'# {title}\n' + ''.join(f'\n## {head}\n\n{markdown(*table)}\n' for head, table in tables.items())
   replace_file(workdir / f'{name}.md', text.encode())
   pictures = [{'title': _title(chart), 'source': report.data('image/svg+xml', draw(chart, members, keys))} for chart in listed]
   page = report.environment().get_template('sweep.html.jinja').render(
@@ -124,6 +126,28 @@ def results_table(members: Sequence[Member], keys: Sequence[str]) -> Table:
       row += [report.number(statistics.fmean(values), deviation), '' if deviation is None else report.error(deviation)]
     rows.append(row)
   return heads, rows
+
+
+def seeds_table(members: Sequence[Member], keys: Sequence[str]) -> Table:
+  """A row for every result, a column for every setting: mean and standard deviation of the runs that differ by the seed alone."""
+  groups: dict[tuple[str, ...], list[Member]] = {}
+  for m in members:
+    groups.setdefault(tuple(_text(m.overrides.get(key, '')) for key in keys if key != 'seed'), []).append(m)
+  differing = [i for i, values in enumerate(zip(*groups, strict=True)) if len(set(values)) > 1]
+  heads = ['result', 'unit', *(', '.join(group[i] for i in differing) for group in groups)]
+  rows = []
+  for name in sorted({name for m in members for name in m.results}, key=natural):
+    each = [[m.results[name] for m in group if name in m.results] for group in groups.values()]
+    rows.append([name, next(r['unit'] for group in each for r in group), *map(_spread, each)])
+  return heads, rows
+
+
+def _spread(results: Sequence[Mapping[str, Any]]) -> str:
+  values = [r['value'] for r in results]
+  if len(values) < 2:
+    return ''.join(report.number(v) for v in values)
+  deviation = statistics.stdev(values)
+  return f'{report.number(statistics.fmean(values), deviation)} ± {report.error(deviation)}'
 
 
 def markdown(heads: list[str], rows: list[list[str]]) -> str:

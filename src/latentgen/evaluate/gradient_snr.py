@@ -149,7 +149,7 @@ def _slope(points: list[tuple[int, float]]) -> float | None:
 def _chart(found: dict[tuple[str, str], list[tuple[int, float]]]) -> np.ndarray:
   with charts.style():
     updates = sorted({update for _, update in found})
-    figure, panels = charts.axes(5.2, 3.0 * len(updates), len(updates))
+    figure, panels = charts.axes(6.4, 2.8 * len(updates), len(updates))
     labels = list(dict.fromkeys(label for label, _ in found))
     for ax, update in zip(np.atleast_1d(panels), updates, strict=True):
       for label, color in zip(labels, charts.COLORS, strict=False):
@@ -163,5 +163,5 @@ def _chart(found: dict[tuple[str, str], list[tuple[int, float]]]) -> np.ndarray:
         line = [middle * (n / math.sqrt(low * high)) ** (0.5 * sign) for n in (low, high)]
         ax.plot([low, high], line, color=charts.INK, lw=0.8, ls=':')
       ax.set(ylim=(bottom, top), xlabel='samples', ylabel='SNR', title=f'{update} network')
-      ax.legend(frameon=False)
+      ax.legend(frameon=False, loc='center left', bbox_to_anchor=(1.0, 0.5))
     return charts.pixels(figure)
