@@ -32,6 +32,7 @@ Deviations from the paper or its published code (known from its abstract, the co
 
 import math
 
+import csrae
 from ml_collections import ConfigDict
 import nvae
 
@@ -126,3 +127,8 @@ def get_config(variant: str = '') -> ConfigDict:
   if variant == 'no_skip':
     config.model.skip = False
   return semi(config, 10) if variant == 'semi' else config
+
+
+def sweep(name: str) -> list[dict]:
+  """Of :semi, --sweep=labels: one, five and ten labels a class, three seeds each."""
+  return {'labels': csrae.labels()}[name]

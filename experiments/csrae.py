@@ -138,9 +138,17 @@ def get_config(variant: str = '') -> ConfigDict:
   return config
 
 
+def labels() -> list[dict]:
+  """One, five and ten labels a class, the labelled images as many in an epoch; three seeds each."""
+  return [
+    {'data.labels_per_class': n, 'data.labelled_copies': 50 // n, 'seed': seed} for n in (1, 5, 10) for seed in range(3)
+  ]
+
+
 def sweep(name: str) -> list[dict]:
-  """--sweep=seeds: three seeds; --sweep=priors: density, standard, mixture and vamp with three seeds each."""
+  """--sweep=seeds: three seeds; priors: density, standard, mixture and vamp, three seeds each; of :semi, --sweep=labels."""
   seeds = [{'seed': seed} for seed in range(3)]
   fair = {'stages.vae.method.defensive': 0.5, 'evaluate.likelihood.samples': 5000}
   method = lambda options: {f'stages.vae.method.{key}': value for key, value in options.items()}
-  return {'seeds': seeds, 'priors': [{**method(p), **fair, **seed} for p in PRIORS.values() for seed in seeds]}[name]
+  priors = [{**method(p), **fair, **seed} for p in PRIORS.values() for seed in seeds]
+  return {'seeds': seeds, 'priors': priors, 'labels': labels()}[name]
