@@ -46,9 +46,8 @@ def tasks(config: ConfigDict) -> dict[str, dict[str, Any]]:
 
 def _open(command: Command) -> tuple[loop.Run, dict[str, Any]]:
   """The run and its description, all checks done and nothing touched."""
-  chosen = tasks(command.config)
+  tasks(command.config)
   run = configs.build(command.config, command.workdir.absolute())
-  evaluation.check_data(chosen, run.data)
   mine = workdirs.describe(command.file, configs.plain(command.config), command.overrides, run.mesh)
   mine['data'] = {split: {'n': len(source), 'sha256': source.checksum()} for split, source in run.data.items()}
   workdirs.check(command.workdir, mine)
@@ -68,6 +67,7 @@ def _trained(command: Command) -> tuple[loop.Run, dict[str, Any]]:
 def train(command: Command) -> None:
   """Trains what is not trained yet, then evaluates and reports."""
   run, mine = _open(command)
+  evaluation.check_data(tasks(command.config), run.data)
   with workdirs.claim(command.workdir, mine):
     loop.train(run)
     _evaluate(command, run, mine)
@@ -76,6 +76,7 @@ def train(command: Command) -> None:
 def evaluate(command: Command) -> None:
   """Evaluates a finished run again."""
   run, mine = _trained(command)
+  evaluation.check_data(tasks(command.config), run.data)
   with workdirs.claim(command.workdir, mine):
     _evaluate(command, run, mine)
 
