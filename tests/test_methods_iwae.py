@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from latentgen import losses, nets
+from latentgen import data, losses, nets, optim
+from latentgen.data import preprocess
 from latentgen.distributions import Independent, Normal
 from latentgen.errors import UserError
-from latentgen.evaluate import gradient_snr
-from latentgen.methods import iwae
+from latentgen.evaluate import Subject, gradient_snr, run_all
+from latentgen.methods import iwae, vae
 from latentgen.nets import markov
 from latentgen.types import Context, Trace
 
@@ -225,6 +226,68 @@ def test_slopes_of_the_signal_to_noise_ratio():
   found = [jax.device_get(ratio('miwae', m, 4, 400_000)) for m in (1, 16)]
   for update in found[0]:
     assert np.log(found[1][update] / found[0][update]) / np.log(16) == pytest.approx(0.5, abs=0.05)
+
+
+@pytest.mark.parametrize('m', [1, 9])
+def test_signal_to_noise_ratio_of_a_mean(m):
+  """With one sample a weight the gradient of mu is z ~ N(0.8, 2/3), averaged over M."""
+  method = make('vae', outer=m, samples=1)
+  found = gradient_snr.snr(method, variables()['params'], {}, {'image': X}, KEY, 40_000, 4000)
+  expected = 0.8 / np.sqrt(2 / 3 / m)
+  assert float(found['generation']) == pytest.approx(expected, rel=0.02)
+
+
+def subject(method):
+  source = data.load('toy', kind='factors', dims=4, components=2, train=64, valid=8, test=8)
+  batch = preprocess.make()(KEY, source['train'].take(slice(0, 8)), True)
+  return Subject(method, method.init(KEY, batch), source, preprocess.make(), KEY, batch_size=8)
+
+
+def test_the_task_reports_ratios_and_slopes():
+  net = markov.build((1, 4, 1), latents=(2,), hidden=((),), likelihood='normal', scale=0.5)
+  options = dict(draws=400, chunk=100, inner=(1, 8), outer=(1, 4), objectives=('iwae', 'dreg'))
+  findings = run_all(subject(make('iwae', net)), {'gradient_snr': options})
+  names = {name.removeprefix('gradient_snr/') for name in findings.results}
+  for objective, letter, counts in (('iwae', 'k', (1, 8)), ('dreg', 'k', (1, 8)), ('miwae', 'm', (1, 4))):
+    for update in ('generation', 'inference'):
+      assert {f'{objective}/{update}/{letter}{n}' for n in counts} <= names
+  ratio = [findings.results[f'gradient_snr/miwae/generation/m{m}'].value for m in (1, 4)]
+  slope = findings.results['gradient_snr/miwae/generation/slope_m'].value
+  assert slope == pytest.approx(np.log(ratio[1] / ratio[0]) / np.log(4))
+  assert findings.images['gradient_snr'].array.dtype == np.uint8
+
+
+@pytest.mark.parametrize(
+  'options, words',
+  [
+    ({'draws': 0}, 'config.evaluate.gradient_snr.draws'),
+    ({'inner': (4,)}, 'config.evaluate.gradient_snr.inner'),
+    ({'objectives': ('iwea',)}, 'config.evaluate.gradient_snr.objectives'),
+  ],
+)
+def test_bad_options_of_the_task_name_their_key(options, words):
+  net = markov.build((1, 4, 1), latents=(2,), hidden=((),), likelihood='normal')
+  with pytest.raises(UserError, match=words):
+    run_all(subject(make('iwae', net)), {'gradient_snr': options})
+
+
+def test_the_task_refuses_other_methods():
+  net = markov.build((1, 4, 1), latents=(2,), hidden=((),), likelihood='normal')
+  with pytest.raises(UserError, match="'gradient_snr' needs methods.iwae, not VAE"):
+    run_all(subject(vae.build(net, 10)), {'gradient_snr': {}})
+
+
+def test_stairs_hold_each_rate_three_times_as_long():
+  """Burda et al.: 3^i epochs at 0.001 * 10^(-i / 7), i = 0 .. 7."""
+  optimiser = optim.build('o', 3280, 'sgd', learning_rate=1e-3, final_learning_rate=1e-4, schedule='stairs')
+
+  def step(state, _):
+    change, state = optimiser.update({'x': jnp.ones(())}, state)
+    return state, -change['x']
+
+  rates = np.asarray(jax.lax.scan(step, optimiser.init({'x': jnp.zeros(())}), None, 3280)[1])
+  expected = np.concatenate([np.full(3**i, 1e-3 * 10 ** (-i / 7)) for i in range(8)])
+  np.testing.assert_allclose(rates, expected, rtol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------- the networks
