@@ -1,9 +1,11 @@
 """Importance-weighted autoencoders: tighter bounds, and the gradient estimators that repair their inference networks.
 
 Papers     Burda, Grosse, Salakhutdinov, "Importance Weighted Autoencoders", ICLR 2016, arXiv 1509.00519 (IWAE).
-           Rainforth et al., "Tighter Variational Bounds are Not Necessarily Better", ICML 2018, arXiv 1802.04537 (MIWAE, PIWAE, CIWAE).
+           Rainforth et al., "Tighter Variational Bounds are Not Necessarily Better", ICML 2018, arXiv 1802.04537 (MIWAE,
+           PIWAE, CIWAE).
            Roeder, Wu, Duvenaud, "Sticking the Landing", NeurIPS 2017, arXiv 1703.09194 (STL).
-           Tucker et al., "Doubly Reparameterized Gradient Estimators for Monte Carlo Objectives", ICLR 2019, arXiv 1810.04152 (DReG).
+           Tucker et al., "Doubly Reparameterized Gradient Estimators for Monte Carlo Objectives", ICLR 2019, arXiv 1810.04152
+           (DReG).
 Command    python -m latentgen.main --config=experiments/iwae.py
 Default    IWAE with K = 16 on scikit-learn's digits, binarised afresh at every access; a minute on two CPU cores.
 Variants   :smoke (seconds)  :vae :iwae :miwae :piwae :ciwae :stl :iwae_dreg :dreg, each with 16 samples a step, on the digits
@@ -11,6 +13,12 @@ Variants   :smoke (seconds)  :vae :iwae :miwae :piwae :ciwae :stl :iwae_dreg :dr
            :mnist_short, the one-layer network in less than an hour on one CPU core: many epochs with few samples, some with all
 Sweeps     --sweep=objectives: final bounds, KL(q || p(z | x)) and effective sample size of all objectives, on the digits
            of :mnist_short, --sweep=burda: IWAE with K = 1, 5, 50; --sweep=rainforth: 64 samples, five objectives
+
+Measured by --sweep=objectives (250 test images, one seed): the bound with K = 1,000 in nats, this minus the ELBO, effective
+samples of 1,000:
+  vae -22.60 0.45 434   iwae -22.31 2.50 167   miwae -22.39 0.91 285   piwae -22.27 1.59 178   ciwae -22.46 0.46 328
+  stl -22.28 1.40 188   iwae_dreg -22.28 2.00 190   dreg -22.26 1.35 190
+in the order of Rainforth et al.: the generative model is best under IWAE and PIWAE, the posterior under the VAE, MIWAE between.
 
 `likelihood/iwae` is the bound with the K of the table, `likelihood/posterior_kl` that minus the ELBO. The study of gradient
 signal-to-noise ratios is experiments/iwae_snr.py.
@@ -38,6 +46,11 @@ OBJECTIVES = {
 }
 VARIANTS = ('smoke', *OBJECTIVES, 'mnist', 'mnist_2layers', 'mnist_short')
 
+SWEEP_CHARTS = dict(
+  objectives=[dict(x='likelihood/posterior_kl', y='likelihood/iwae', label='stages.iwae.method.objective')],
+  rainforth=[dict(x='likelihood/posterior_kl', y='likelihood/iwae', label='stages.iwae.method.objective')],
+)
+
 ONE_LAYER = dict(latents=(50,), hidden=((200, 200),))
 TWO_LAYERS = dict(latents=(100, 50), hidden=((200, 200), (100, 100)))
 MNIST = dict(name='tfds', dataset='mnist', valid=400, in_memory=True, binarize='fresh')
@@ -56,7 +69,9 @@ def base(data: dict, model: dict, steps: int, method: dict, samples: int) -> Con
   config.recipe = ('iwae',)
   config.stages = dict(
     iwae=dict(
-      steps=steps, method=dict(name='iwae', **{'beta': 0.5, 'alpha': 0.0, **method}), optim=dict(generation=PUBLISHED, inference=PUBLISHED)
+      steps=steps,
+      method=dict(name='iwae', **{'beta': 0.5, 'alpha': 0.0, **method}),
+      optim=dict(generation=PUBLISHED, inference=PUBLISHED),
     )
   )
   config.evaluate.tasks = ('likelihood', 'samples')

@@ -34,7 +34,9 @@ def get_config(variant: str = '') -> ConfigDict:
       optim.update(learning_rate=1e-2, final_learning_rate=1e-5)
     if not variant:
       config.stages.iwae.steps = 10_000
-    snr = dict(draws=8, chunk=4, inner=(1, 4), outer=(1, 4)) if variant else dict(draws=50_000, chunk=500, inner=(4, 8, 16, 32, 64), perturb=0.005)
+    snr = dict(draws=50_000, chunk=500, inner=(4, 8, 16, 32, 64), outer=(1, 4, 16, 64), perturb=0.005)
+    if variant:
+      snr.update(draws=8, chunk=4, inner=(1, 4), outer=(1, 4))
   config.evaluate.tasks = ('likelihood', 'gradient_snr')
   config.evaluate.gradient_snr = ConfigDict(snr)
   config.evaluate.likelihood.samples = 100 if not variant else config.evaluate.likelihood.samples

@@ -6,11 +6,11 @@ Paper      Lin, Roberts, Trigoni, Clark, "Balancing Reconstruction Quality and R
 Command    python -m latentgen.main --config=experiments/learned_variance.py
            python -m latentgen.main --config=experiments/learned_variance.py:beta --sweep=beta
 Default    scikit-learn's 8x8 digits at 4 bits, dequantised, one sigma for all pixels; minutes on two CPU cores.
-           python -m latentgen.main --config=experiments/learned_variance.py --sweep=sigma
-Variants   :smoke (seconds)  :global (the default)  :per_image  :per_pixel  :analytic, another sigma; all kinds on one page by --sweep=sigma
-           :beta, sigma fixed at 1, and by --sweep=beta at 1 ... 0.03 and learned, with one page that shows them together
+Variants   :smoke (seconds)  :global (the default)  :per_image  :per_pixel  :analytic
+           :beta, sigma fixed at 1; with --sweep=beta at 1 ... 0.03 and learned
            :mnist  :fashion, the sizes of the first author's later code; data prepared once by tensorflow-datasets, or IDX files
            by --config.data.name=idx --config.data.path=DIR
+Sweeps     --sweep=beta of :beta, the trade-off against fixed values; --sweep=sigma of the default, all kinds of sigma
 
 At the optimum sigma^2 is the mean square error, so that the squared error has the weight 1 / (2 MSE): what a beta-VAE with
 squared error / 2 searches by hand as beta = sigma^2.
