@@ -85,7 +85,9 @@ class Bernoulli:
 
   def log_prob(self, value: ArrayLike) -> Array:
     """Elementwise log-probability, nats; value in [0, 1]."""
-    return value * self.logits - jax.nn.softplus(self.logits)
+    # log(1 + exp(l)), written out: several times faster on a CPU than logaddexp, in value and gradient.
+    softplus = jnp.maximum(self.logits, 0.0) + jnp.log1p(jnp.exp(-jnp.abs(self.logits)))
+    return value * self.logits - softplus
 
   def sample(self, key: Array) -> Array:
     """One draw in {0, 1}, of the dtype of the logits."""
@@ -112,8 +114,14 @@ class Independent:
 
   def log_prob(self, value: ArrayLike) -> Array:
     """Log-density of the event, nats."""
-    log_prob = self.base.log_prob(value)
-    return log_prob.sum(tuple(range(log_prob.ndim - self.ndims, log_prob.ndim)))
+    base, ndims, event = self.base, self.ndims, jnp.shape(value)[-self.ndims :]
+    elementwise = isinstance(base, (Normal, Bernoulli))
+    if elementwise and all(jnp.shape(leaf)[-ndims:] == event for leaf in jax.tree.leaves(base)):
+      # One flat axis: loops over [h, w, 1] are several times slower on a CPU.
+      base, value = jax.tree.map(lambda a: jnp.reshape(a, (*jnp.shape(a)[:-ndims], math.prod(event))), (base, value))
+      ndims = 1
+    log_prob = base.log_prob(value)
+    return log_prob.sum(tuple(range(log_prob.ndim - ndims, log_prob.ndim)))
 
   def sample(self, key: Array) -> Array:
     """One draw of the base."""
