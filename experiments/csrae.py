@@ -8,7 +8,7 @@ Variants   :smoke (seconds)
            :density (importance samples from half posterior, half prior)  and, on the same network and data,
            :standard (a VAE)  :mixture (the same mixture, on the ELBO)  :vamp (its components from pseudo-inputs, on the ELBO);
            --sweep=priors runs these four, three seeds each
-           :clustering (grey digits, ten components, three stages)  :semi (ten labels a class, two components a class)
+           :clustering (grey digits, ten components, three stages)  :semi (ten labels a class, two components a class, likewise)
            :blobs (four blobs in the plane, four components)
            :mnist (MLP 300-300, 40 latent dimensions, 500 components; data prepared once by tensorflow-datasets)
 
@@ -72,9 +72,10 @@ def digits(**method) -> ConfigDict:
   return base(dict(name='digits', batch_size=100, binarize='fresh', bits=8), {}, 4000, **method)
 
 
-def clustering(components: int, weight: float) -> ConfigDict:
-  """Three stages: a VAE, a mixture fitted to its codes, and from there all together."""
-  config = base(*GREY, 2000, components=components, weight=weight, warmup_portion=0.0, restart=0.0)
+def staged(components: int, weight: float, classes: int = 0, **method) -> ConfigDict:
+  """Three stages on grey digits: a VAE, a mixture fitted to its codes, and from there all together."""
+  common = dict(components=components, classes=classes)
+  config = base(*GREY, 2000, weight=weight, warmup_portion=0.0, restart=0.0, **common, **method)
   stages = config.stages
   with config.unlocked():
     config.recipe = ('vae', 'fit', 'cs')
@@ -83,11 +84,9 @@ def clustering(components: int, weight: float) -> ConfigDict:
     stages.cs.best = ''
     stages.fit = dict(
       steps=0,
-      method=dict(
-        name='mixture_fit', components=components, learned_weights=False, max_scale=2.0, restarts=10, covariance='full'
-      ),
+      method=dict(name='mixture_fit', learned_weights=False, max_scale=2.0, restarts=10, covariance='full', **common),
       load=dict(encoder='vae', decoder='vae'),
-    )  # fmt: skip
+    )
     stages.vae.method = dict(name='vae', beta=1.0, warmup_portion=0.1)
     stages.vae.best = ''
   return config
@@ -98,15 +97,12 @@ def get_config(variant: str = '') -> ConfigDict:
     config = digits(**PRIORS[variant], defensive=0.5)
     config.evaluate.likelihood.samples = 5000
   elif variant == 'clustering':
-    config = clustering(components=10, weight=5.0)
+    config = staged(components=10, weight=5.0)
     config.evaluate.tasks = ('clustering', 'latent_space')
   elif variant == 'semi':
-    data, model = GREY
-    config = base(
-      dict(data, labels_per_class=10, labelled_copies=5), model, 3000, components=20, weight=5.0, classes=10, alpha=10.0
-    )
-    config.stages.vae.best = ''
+    config = staged(components=20, weight=5.0, classes=10, alpha=10.0)
     with config.unlocked():
+      config.data.update(labels_per_class=10, labelled_copies=5)
       config.evaluate.classification = dict()
     config.evaluate.tasks = ('classification', 'clustering', 'latent_space')
   elif variant == 'blobs':

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import re
 
@@ -411,6 +412,24 @@ def test_fit_finds_the_mixture_of_the_codes(covariance):
   for bad in ({'restarts': 0}, {'components': 0}):
     with pytest.raises(UserError, match=f'method.{next(iter(bad))} is 0'):
       fitting.build(net, 0, **bad)
+
+
+def test_components_go_to_the_nearest_classes_equally_many_to_each():
+  means = np.array([[0.0], [10.0], [1.0], [11.0], [4.0], [30.0]])
+  codes, labels = np.array([[0.5], [10.5], [12.0], [4.0]]), np.array([0, 1, 1, -1])
+  order = fitting.by_distance(means, codes, labels, 2)
+  assert set(order[:3]) == {0, 2, 4} and set(order[3:]) == {1, 3, 5}
+  # Six components, two classes: all 20 splits by hand.
+  best = min(
+    itertools.combinations(range(6), 3),
+    key=lambda zero: sum(
+      min((means[c, 0] - code) ** 2 for code, y in zip(codes[:, 0], labels, strict=True) if y == (0 if c in zero else 1))
+      for c in range(6)
+    ),
+  )
+  assert set(best) == set(order[:3])
+  with pytest.raises(UserError, match='no training image has label 2'):
+    fitting.by_distance(means, codes, labels, 3)
 
 
 @functools.cache

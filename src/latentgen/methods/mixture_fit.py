@@ -24,6 +24,9 @@ FLOOR = 1e-4  # added to the variances
 class FittedMixture(MixturePrior):
   """Fits the group `prior`, with learned weights or without; encoder and decoder come from an earlier stage.
 
+  With `classes` the components, fitted without labels, are handed out to these, equally many to each, so that the sum of
+  their squared distances from the class's labelled codes is least.
+
   Args:
     restarts: fits, from k-means each, of which the likeliest is kept.
     covariance: of the mixture that is fitted: 'diag', or 'full', of which the prior takes the variances alone. The
@@ -38,6 +41,7 @@ class FittedMixture(MixturePrior):
     from sklearn.mixture import GaussianMixture
 
     encode = jax.jit(lambda x: self._posterior(variables['params'], variables['stats'], x).loc)
+    batches = list(batches)
     codes = np.concatenate([np.asarray(encode(batch['image']), np.float64) for batch in batches])
     seed = int(jax.random.randint(key, (), 0, 2**31 - 1))
     found = GaussianMixture(
@@ -52,7 +56,38 @@ class FittedMixture(MixturePrior):
     }
     if self.prior.learned_weights:
       prior['logits'] = jnp.asarray(np.log(found.weights_), jnp.float32)
+    if self.classes:
+      labels = np.concatenate([np.asarray(batch['label']) for batch in batches])
+      order = by_distance(found.means_, codes, labels, self.classes)
+      prior = {name: value[order] for name, value in prior.items()}
     return {'params': {'prior': prior}}
+
+
+def by_distance(means: np.ndarray, codes: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
+  """An order of components in which each run of c / classes belongs to one class.
+
+  Args:
+    means: of the components, [c, d].
+    codes: [n, d].
+    labels: int [n], -1 where unknown.
+    classes: their number, which divides c.
+
+  Returns:
+    int [c]; of all such orders the one with the least sum of squared distances, each of a mean from the nearest code of its
+    class.
+
+  Raises:
+    UserError: a class without any label.
+  """
+  from scipy.optimize import linear_sum_assignment
+  from scipy.spatial.distance import cdist
+
+  missing = sorted(set(range(classes)) - set(labels.tolist()))
+  if missing:
+    raise UserError(f'method.classes is {classes}, and no training image has label {missing[0]}')
+  cost = np.stack([cdist(means, codes[labels == y], 'sqeuclidean').min(1) for y in range(classes)], 1)
+  _, slots = linear_sum_assignment(np.repeat(cost, len(means) // classes, 1))
+  return np.argsort(slots)
 
 
 def build(
@@ -64,6 +99,7 @@ def build(
   max_scale: float = 2.0,
   restarts: int = 10,
   covariance: str = 'diag',
+  classes: int = 0,
 ) -> FittedMixture:
   """The method as a config names it; see priors.mixture.Mixture and FittedMixture.
 
@@ -75,4 +111,6 @@ def build(
     raise UserError(f'method.restarts is {restarts}, need at least 1')
   if covariance not in ('diag', 'full'):
     raise UserError(f"method.covariance is {covariance!r}, need 'diag' or 'full'")
-  return FittedMixture(net, mixture, steps, restarts=restarts, covariance=covariance)
+  if classes < 0 or (classes and components % classes):
+    raise UserError(f'method.components is {components}, need a multiple of method.classes = {classes}')
+  return FittedMixture(net, mixture, steps, restarts=restarts, covariance=covariance, classes=classes)
