@@ -10,7 +10,8 @@ Default    scikit-learn's 8x8 digits at 4 bits, three layers; minutes on two CPU
 Variants   :smoke (seconds)
            :lvae     no bottom-up latents, precision-weighted posteriors; the default's sizes
            :no_skip  the default without skip connections in the generative model
-           :semi     half of the default's width, 10 labels a class, the others unlabelled
+           :semi     half of the default's width, 10 labels a class, the others unlabelled; test error of seed 0 0.076, of a
+                     supervised classifier on the same labels 0.072 (standard error 0.017); --sweep=labels: 1, 5, 10
            :anomaly  trained on binarised Fashion-MNIST, outliers MNIST; IDX files in --config.data.path=DIR and
                      --config.evaluate.anomaly.outliers.mnist.path=DIR
            :mnist  :cifar10   architecture, batch, optimiser and free bits as published (15 layers and 103 M parameters for
