@@ -12,8 +12,9 @@ Variants   :smoke (seconds)
            :no_skip  the default without skip connections in the generative model
            :semi     half of the default's width, 10 labels a class, the others unlabelled; test error of seed 0 0.076, of a
                      supervised classifier on the same labels 0.072 (standard error 0.017); --sweep=labels: 1, 5, 10
-           :anomaly  trained on binarised Fashion-MNIST, outliers MNIST; IDX files in --config.data.path=DIR and
-                     --config.evaluate.anomaly.outliers.mnist.path=DIR
+           :anomaly  three layers of 16 filters on binarised Fashion-MNIST, outliers MNIST; IDX files in --config.data.path=DIR
+                     and --config.evaluate.anomaly.outliers.mnist.path=DIR; area under the ROC curve, MNIST being positive:
+                     L^{>0} 0.216, LLR^{>1} 0.867, LLR^{>2} 0.599, LLR^{>3} 0.078
            :mnist  :cifar10   architecture, batch, optimiser and free bits as published (15 layers and 103 M parameters for
                      CIFAR-10, tests/test_nets_biva.py); data from tensorflow-datasets, prepared once
 
@@ -36,6 +37,7 @@ import math
 import csrae
 from ml_collections import ConfigDict
 import nvae
+import nvae_anomaly
 
 VARIANTS = ('smoke', 'lvae', 'no_skip', 'semi', 'anomaly', 'mnist', 'cifar10')
 
@@ -52,7 +54,6 @@ CIFAR10 = dict(
 PUBLISHED = dict(
   mnist=((28, 28, 1), dict(name='tfds', dataset='mnist', valid=5000, in_memory=True, binarize='fixed'), MNIST, 55_000),
   cifar10=((32, 32, 3), dict(name='tfds', dataset='cifar10', valid=5000, in_memory=True), CIFAR10, 45_000),
-  anomaly=((28, 28, 1), dict(name='idx', path='data/fashion_mnist', valid=5000, binarize='fresh'), MNIST, 55_000),
 )
 
 PAPER = dict(
@@ -93,10 +94,15 @@ def published(variant: str) -> ConfigDict:
   with config.unlocked():
     config.image_shape = shape  # for --mode=estimate, which does without data
     config.paper = tuple(PAPER.get(variant, ()))
-    if variant == 'anomaly':
-      config.evaluate.tasks = ('likelihood', 'anomaly', 'samples')
-      config.evaluate.anomaly = ConfigDict(dict(outliers=dict(mnist=dict(name='idx', path='data/mnist'))))
   return config
+
+
+def anomaly() -> ConfigDict:
+  """Small enough for a CPU; k counts layers."""
+  model = dict(latents=(16, 8, 4), strides=(2, 2, 2), kernels=(5, 3), blocks=1, filters=16, likelihood='bernoulli')
+  config = base(dict(nvae_anomaly.FASHION, batch_size=48), model, 3000, 5e-4, 0.2)
+  config.stages.vae.ema.update(encoder=0.995, decoder=0.995)
+  return nvae_anomaly.against_mnist(config, 'level')
 
 
 def semi(config: ConfigDict, labels: int) -> ConfigDict:
@@ -118,6 +124,8 @@ def semi(config: ConfigDict, labels: int) -> ConfigDict:
 def get_config(variant: str = '') -> ConfigDict:
   if variant in PUBLISHED:
     return published(variant)
+  if variant == 'anomaly':
+    return anomaly()
   config = digits()
   if variant == 'smoke':
     config.model.update(latents=(3, 2), strides=(2, 2), filters=4)
