@@ -42,6 +42,9 @@ BAD = [
   (['--config.stages.vae.optim.vae.learning_rate=-1.0'], 'config.stages.vae.optim.vae.learning_rate is -1.0'),
   (['--config.stages.vae.optim.vae.name=adm'], "is no optimiser of optax; did you mean 'adam'?"),
   (['--config.evaluate.likelihood.samples=0'], 'config.evaluate.likelihood.samples'),
+  (['--config.evaluate.likelihood.bouns=5'], "config.evaluate.likelihood.bouns: unknown option; did you mean 'bounds'"),
+  (['--config.stages.vae.method.free_bitz=1.0'], "free_bitz does not exist; did you mean 'free_bits'?"),
+  (['--config.stages.vae.optim.vae.nesterof=True'], "nesterof does not exist; did you mean 'nesterov'?"),
   (["--config.evaluate.tasks=('likelyhood',)"], 'likelyhood'),
   (['--config.stages.nce.method.proposals=0'], 'method.proposals is 0'),
   (['--config.stages.nce.method.coordinates=w'], "method.coordinates is 'w'"),
@@ -153,6 +156,9 @@ def test_data_can_come_from_elsewhere_by_flags(tmp_path):
   splits, _, batch = configs.build_data(configs.plain(config.data), 0)
   assert splits['train'].shape == (8, 8, 1) and batch == 4
   configs.override(config, {'data.colour': '1'})
+  # Options that only the code behind a section knows; it is what refuses unknown ones.
+  configs.override(config, {'evaluate.likelihood.bounds': '(8, 64)', 'stages.vae.method.free_bits': '0.5'})
+  assert config.evaluate.likelihood.bounds == (8, 64) and config.stages.vae.method.free_bits == 0.5
   with pytest.raises(UserError, match='config.data.colour'):
     configs.build_data(configs.plain(config.data), 0)
 

@@ -269,17 +269,9 @@ class MixturePrior(LatentMethod):
 
     return choose
 
-  def simulate(
-    self,
-    variables: Variables,
-    key: Key,
-    n: int,
-    sampler: str | None = None,
-    temperature: float = 1.0,
-    choose: Choose | None = None,
-  ) -> Trace:
+  def simulate(self, variables: Variables, key: Key, n: int, *args: Any, **kwargs: Any) -> Trace:
     """As any method's, with `log_p` under the mixture."""
-    trace = super().simulate(variables, key, n, sampler, temperature, choose)
+    trace = super().simulate(variables, key, n, *args, **kwargs)
     return trace.replace(log_p=(self.mixture(variables).log_prob(trace.z[0]),), prior=None)
 
 
