@@ -14,7 +14,7 @@ from latentgen import config as configs
 from latentgen.data import ArraySource, preprocess
 from latentgen.distributions import Independent, Normal
 from latentgen.errors import UserError
-from latentgen.evaluate import Subject, anomaly, check_data, outliers, run_all
+from latentgen.evaluate import Subject, anomaly, check_subject, outliers, run_all
 from latentgen.types import Trace, ancestral
 
 EXPERIMENTS = pathlib.Path(__file__).parents[1] / 'experiments'
@@ -307,7 +307,7 @@ class Ones:
 def test_bad_sets_are_refused_before_training(options, words):
   data = splits(train=(0, 1, 2))
   with pytest.raises(UserError) as caught:
-    check_data({'likelihood': {}, 'anomaly': {'outliers': 'noise', **options}}, data)
+    check_subject({'likelihood': {}, 'anomaly': {'outliers': 'noise', **options}}, data, Exact())
   for word in words:
     assert word in str(caught.value), str(caught.value)
 

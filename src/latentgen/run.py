@@ -67,7 +67,7 @@ def _trained(command: Command) -> tuple[loop.Run, dict[str, Any]]:
 def train(command: Command) -> None:
   """Trains what is not trained yet, then evaluates and reports."""
   run, mine = _open(command)
-  evaluation.check_data(tasks(command.config), run.data)
+  evaluation.check_subject(tasks(command.config), run.data, run.recipe[-1].method)
   with workdirs.claim(command.workdir, mine):
     loop.train(run)
     _evaluate(command, run, mine)
@@ -76,7 +76,7 @@ def train(command: Command) -> None:
 def evaluate(command: Command) -> None:
   """Evaluates a finished run again."""
   run, mine = _trained(command)
-  evaluation.check_data(tasks(command.config), run.data)
+  evaluation.check_subject(tasks(command.config), run.data, run.recipe[-1].method)
   with workdirs.claim(command.workdir, mine):
     _evaluate(command, run, mine)
 

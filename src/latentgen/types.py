@@ -178,6 +178,7 @@ class LatentModel(Protocol):
   """
 
   samplers: tuple[str, ...]
+  density: bool  # traces hold log q and log p, so that there are bounds on log p(x)
 
   def trace(self, variables: Variables, x: Array, key: Key, k: int = 1) -> Trace:
     """Posterior samples; `log_p` is under the method's own prior, learned tilts included."""

@@ -2,7 +2,8 @@
 
     findings = run_all(subject, {'likelihood': {'samples': 1000}, 'two_sample': {}})
 
-A task is a module of this package with `run(subject, **options) -> Findings`; a new one is a new file.
+A task is a module of this package with `run(subject, **options) -> Findings`, and `NEEDS`, the functions that it needs of
+a method, where there are any; a new one is a new file.
 """
 
 from collections.abc import Mapping
@@ -15,11 +16,11 @@ from typing import Any
 import threadpoolctl  # comes with scikit-learn
 
 from latentgen.errors import UserError
-from latentgen.evaluate.base import Findings, Picture, Result, Subject, check_count, named_key, near
+from latentgen.evaluate.base import Findings, Picture, Result, Subject, check_count, named_key, near, require
 from latentgen.evaluate.writing import write_pictures, write_results
 
 __all__ = [
-  'Findings', 'Picture', 'Result', 'Subject', 'check_data', 'check_tasks', 'run_all', 'write_pictures', 'write_results'
+  'Findings', 'Picture', 'Result', 'Subject', 'check_subject', 'check_tasks', 'run_all', 'write_pictures', 'write_results'
 ]  # fmt: skip
 
 _NO_TASK = ('base', 'charts', 'features', 'grids', 'outliers', 'report', 'statistics', 'writing')  # the other modules here
@@ -61,17 +62,21 @@ def check_tasks(tasks: Mapping[str, Mapping[str, Any]]) -> None:
         check_count(key, value)
 
 
-def check_data(tasks: Mapping[str, Mapping[str, Any]], data: Mapping[str, Any]) -> None:
-  """Lets those tasks that have a `check(data, **options)` look at the data, before anything is trained.
+def check_subject(tasks: Mapping[str, Mapping[str, Any]], data: Mapping[str, Any], method: Any) -> None:
+  """Refuses, before anything is trained, tasks that cannot work on this method or these data.
+
+  A task names what it `NEEDS` of a method, and may look at the data by `check(data, **options)`.
 
   Args:
     tasks: {task: its options}.
     data: {split: source}.
+    method: what is evaluated.
 
   Raises:
     UserError: what the task cannot work with.
   """
   for task, options in tasks.items():
+    require(method, task, getattr(task_module(task), 'NEEDS', ()))
     check = getattr(task_module(task), 'check', None)
     if check is not None:
       check(data, **dict(options or {}))
@@ -98,6 +103,7 @@ def run_all(subject: Subject, tasks: Mapping[str, Mapping[str, Any]]) -> Finding
   # One thread for numpy and scikit-learn: sums in one order on any number of cores, no contention on shared ones.
   with threadpoolctl.threadpool_limits(1):
     for task, options in tasks.items():
+      require(subject.method, task, getattr(task_module(task), 'NEEDS', ()))
       mine = dataclasses.replace(subject, key=named_key(subject.key, task))
       findings.merge(task_module(task).run(mine, **dict(options or {})))
   return findings

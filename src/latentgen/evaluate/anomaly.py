@@ -43,6 +43,8 @@ from latentgen.losses import log_mean_exp
 
 LOWER, UNITS, COMBINE = ('sample', 'mode'), ('group', 'level'), ('log_mean_exp', 'mean')
 
+NEEDS = ('trace', 'density')
+
 
 def run(
   subject: Subject,

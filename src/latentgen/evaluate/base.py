@@ -4,7 +4,7 @@ A task is a module of this package with `run(subject, **options) -> Findings`; i
 Everything that is averaged is averaged exactly over a split: the last batch is padded and the padding masked out.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
 import math
 from typing import Any
@@ -122,11 +122,16 @@ def hook(subject: Subject, task: str, name: str) -> Callable[..., Any]:
   Raises:
     UserError: if this one has not.
   """
-  function = getattr(subject.method, name, None)
-  if function is None:
-    kind = type(subject.method).__name__
-    raise UserError(f'config.evaluate.tasks: {task!r} needs a method with {name!r}, and {kind} has none; leave it out')
-  return function
+  require(subject.method, task, (name,))
+  return getattr(subject.method, name)
+
+
+def require(method: Any, task: str, names: Sequence[str]) -> None:
+  """Refuses a task whose method lacks one of these functions; 'density' is there unless a method denies it."""
+  for name in names:
+    if not getattr(method, name, name == 'density'):
+      kind = type(method).__name__
+      raise UserError(f'config.evaluate.tasks: {task!r} needs a method with {name!r}, and {kind} has none; leave it out')
 
 
 # ---------------------------------------------------------------------------------------------- data
@@ -284,6 +289,16 @@ def simulations(
 
   parts = [fetch(draw(subject.variables, jax.random.fold_in(key, i))) for i in range(math.ceil(n / size))]
   return jax.tree.map(lambda *a: np.concatenate(a)[:n], *parts)
+
+
+def drawn(subject: Subject, sampler: str | None, n: int, key: jax.Array, temperature: float = 1.0) -> np.ndarray:
+  """n images of a sampler, decoder means, [n, h, w, c]; of any method, latents or none. Arguments as in `simulations`."""
+  if hasattr(subject.method, 'simulate'):
+    return simulations(subject, sampler, n, lambda trace: trace.px.mean[0], key, temperature)
+  size = min(n, subject.batch_size)
+  draw = jax.jit(lambda variables, key: subject.method.sample(variables, key, size, sampler, temperature))
+  parts = [fetch(draw(subject.variables, jax.random.fold_in(key, i))) for i in range(math.ceil(n / size))]
+  return np.concatenate(parts)[:n]
 
 
 # ---------------------------------------------------------------------------------------------- numbers

@@ -20,6 +20,7 @@ from latentgen.evaluate.base import (
 from latentgen.evaluate.statistics import Reliability, reliability
 
 CHANCE = 2 * math.log(2)
+NEEDS = ('logits',)
 
 
 def run(

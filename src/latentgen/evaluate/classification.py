@@ -23,6 +23,8 @@ from latentgen.evaluate.base import (
   seed_of,
 )
 
+NEEDS = ('classify',)
+
 
 def run(
   subject: Subject, *, split: str = 'test', limit: int | None = None, train_limit: int | None = None, folds: int = 5

@@ -16,9 +16,9 @@ from latentgen.evaluate.base import (
   average,
   check_count,
   chosen_samplers,
+  drawn,
   named_key,
   seed_of,
-  simulations,
 )
 from latentgen.evaluate.statistics import bootstrap, frechet, kernel_distance
 
@@ -88,7 +88,7 @@ def run(
   clouds = {'real': embed(train[rows])}
   for name in names:
     key = named_key(subject.key, f'sampler/{name}')
-    clouds[name] = embed(simulations(subject, name, n, lambda trace: trace.px.mean[0], key))
+    clouds[name] = embed(drawn(subject, name, n, key))
   for name, cloud in clouds.items():
     seed = seed_of(named_key(subject.key, f'resampling/{name}'))
     error = bootstrap(frechet, cloud, reference, repeats, seed)

@@ -19,6 +19,7 @@ from latentgen.evaluate.grids import grid, interleave
 
 PARTS = ('scatter', 'components', 'traversals')
 REACH = 2.0  # standard deviations of the prior on either side
+NEEDS = ('trace',)
 
 
 def run(

@@ -17,6 +17,7 @@ from latentgen.evaluate.base import Findings, Result, Subject, average, check_co
 from latentgen.losses import RunningLogMeanExp
 
 ACTIVE_NATS = 0.01  # a group is active if its rate, averaged over the split, is more than this
+NEEDS = ('trace', 'density')
 
 
 def run(

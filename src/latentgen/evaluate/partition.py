@@ -7,6 +7,7 @@ Var[r] / (2 M Z^2), which makes every bound that subtracts it look better than i
 from latentgen.evaluate.base import Findings, Subject, average, check_count, hook, per_example
 
 FACTOR = 10
+NEEDS = ('partition',)
 
 
 def run(

@@ -14,6 +14,8 @@ from latentgen.errors import UserError
 from latentgen.evaluate import features
 from latentgen.evaluate.base import Findings, Result, Subject, average, check_count, codes, labelled, named_key, seed_of
 
+NEEDS = ('trace',)
+
 
 def run(
   subject: Subject,

@@ -19,9 +19,9 @@ from latentgen.evaluate.base import (
   check_choice,
   check_count,
   chosen_samplers,
+  drawn,
   fetch,
   named_key,
-  simulations,
 )
 from latentgen.evaluate.grids import beside, grid, interleave
 
@@ -52,7 +52,7 @@ def run(
     columns: at most so many columns in the resampling picture.
     readjust_batches: batches of prior samples from which a method with `readjust` takes new BatchNorm statistics at
       every temperature but 1; 0: none.
-    parts: which pictures, of PARTS.
+    parts: which pictures, of PARTS; a method without latents has samples alone.
 
   Returns:
     Pictures before_after (only where there are several samplers), samples_<sampler>, reconstructions, temperatures,
@@ -77,17 +77,17 @@ def run(
     _samplers(subject, names, count, pictures)
   if 'temperatures' in parts and len(temperatures):
     _temperatures(subject, tuple(temperatures), min(count, 36), readjust_batches, pictures)
-  if 'reconstructions' in parts:
+  latents = hasattr(subject.method, 'trace')
+  if 'reconstructions' in parts and latents:
     _reconstructions(subject, split, 4 * images, pictures)
-  if 'levels' in parts:
+  if 'levels' in parts and latents:
     _levels(subject, split, images, columns, pictures)
   return Findings(images=pictures)
 
 
 def _means(subject: Subject, sampler: str | None, n: int, temperature: float = 1.0) -> np.ndarray:
   """Decoder means [n, h, w, c], from the same key whatever the sampler and the temperature."""
-  key = named_key(subject.key, 'draw')
-  return simulations(subject, sampler, n, lambda trace: trace.px.mean[0], key, temperature)
+  return drawn(subject, sampler, n, named_key(subject.key, 'draw'), temperature)
 
 
 def _samplers(subject: Subject, names: Sequence[str], count: int, pictures: dict[str, Picture]) -> None:

@@ -37,6 +37,7 @@ from latentgen.evaluate.statistics import auroc, balanced_accuracy, pooled
 
 CLASSIFIERS = ('both', 'quadratic', 'network')
 Latents = list[np.ndarray]  # per level
+NEEDS = ('trace',)
 
 
 def run(

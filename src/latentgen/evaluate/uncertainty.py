@@ -28,6 +28,7 @@ from latentgen.types import Trace
 
 LEVELS = np.arange(1, 20) / 20  # nominal coverage
 SPREAD = 1e-6  # relative range of sigma below which it is one number
+NEEDS = ('trace',)
 
 
 def run(

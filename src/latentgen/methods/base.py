@@ -49,6 +49,7 @@ class LatentMethod(Base):
   """
 
   net: LatentNet
+  density = True  # traces hold log q and log p, so that there are bounds on log p(x)
 
   def init(self, key: Key, batch: Batch) -> Variables:
     keys = dict(zip(('params', 'sample'), jax.random.split(key)))
