@@ -58,7 +58,7 @@ class LatentMethod(Base):
     return {'params': nets.groups(found['params']), 'stats': {g: tree for g, tree in stats.items() if tree}}
 
   def _apply(self, params: Params, stats: Any, key: Key, method: str, *args, train: bool = False, **kwargs):
-    variables = {'params': nets.ungroup({g: params[g] for g in NET_GROUPS})}
+    variables = {'params': nets.ungroup({g: params[g] for g in NET_GROUPS if g in params})}
     if running := {g: stats[g] for g in NET_GROUPS if g in stats}:
       variables['batch_stats'] = nets.ungroup(running)
     mutable = ['batch_stats'] if train else []
