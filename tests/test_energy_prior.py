@@ -142,7 +142,7 @@ def test_a_chain_does_not_depend_on_the_others(make):
 
 def _lebm(kernel, prior=None, **options):
   net, decoder = line(2.0, 0.5)
-  method = EnergyPrior(net, tilt=Quadratic(), generator=False, prior_kernel=prior or kernel, posterior_kernel=kernel, **options)
+  method = EnergyPrior(net, tilt=Quadratic(), train=('prior',), prior_kernel=prior or kernel, posterior_kernel=kernel, **options)
   return method, start(method, decoder)
 
 
@@ -223,7 +223,7 @@ def _modes(place, deviation, n=20_000):
 def test_a_prior_of_two_modes_is_found(prior, posterior, modes, rate, bound):
   net, decoder = line(1.0, 0.3)
   tilt = energy.Tilt((64, 64), 'gelu')
-  method = EnergyPrior(net, tilt=tilt, generator=False, prior_kernel=prior, posterior_kernel=posterior)
+  method = EnergyPrior(net, tilt=tilt, train=('prior',), prior_kernel=prior, posterior_kernel=posterior)
   z, true = _modes(*modes)
   x = z + 0.3 * np.random.default_rng(2).normal(size=len(z))
   done, _ = fit(method, start(method, decoder), x, 3000, rate, batch=256)
@@ -274,7 +274,7 @@ def _chain(net, decoder, tilt, kernel, data, stages, steps, rate, adaptive=True,
   params = {}
   for k in range(1, stages + 1):
     method = EnergyPrior(
-      net, tilt=tilt, tilts=k, objective='contrast', generator=False, prior_kernel=kernel, posterior_kernel=kernel
+      net, tilt=tilt, tilts=k, objective='contrast', train=('prior',), prior_kernel=kernel, posterior_kernel=kernel
     )
     variables = start(method, decoder)
     variables['params'] |= {name: value for name, value in params.items() if name.startswith('tilt')}
@@ -340,7 +340,7 @@ def test_many_stages_do_what_one_cannot():
 def test_a_saturated_stage_shows_in_its_accuracy():
   net, decoder = line(1.0, 0.1)
   method = EnergyPrior(
-    net, tilt=Quadratic(), objective='contrast', generator=False, prior_kernel=grid(-4, 4), posterior_kernel=grid(10, 14)
+    net, tilt=Quadratic(), objective='contrast', train=('prior',), prior_kernel=grid(-4, 4), posterior_kernel=grid(10, 14)
   )
   variables = start(method, decoder)
   variables['params']['tilt0'] = {'a': jnp.asarray(-24.0), 'b': jnp.asarray(4.0), 'c': jnp.zeros(())}
