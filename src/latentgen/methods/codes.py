@@ -10,7 +10,7 @@ from latentgen.errors import UserError
 from latentgen.methods.base import LatentMethod
 from latentgen.priors import coordinates
 from latentgen.priors.coordinates import Coordinates
-from latentgen.types import Array, Choose, Key, Params, Trace, Variables
+from latentgen.types import Array, Choose, Key, Params, Trace, Variables, ancestral
 
 CODES = ('sample', 'mean')
 
@@ -64,16 +64,16 @@ class CodesMethod(LatentMethod):
     inferred, changed = self.infer(params, stats, x, key, 1, train)
     if inferred.posterior is None:
       raise UserError("method.codes is 'mean', which needs a Gaussian posterior")
-    n = k * x.shape[0]
-    z = jnp.tile(inferred.posterior[0].loc[0, 0], (k, *(1,) * (inferred.z[0].ndim - 3)))  # [k b, ...]
-    trace, more = self._apply(params, stats, key, 'simulate', n, choose=lambda *_: z, train=train)
-    fold = lambda a, lead: a.reshape(*a.shape[:lead], k, x.shape[0], *a.shape[lead + 2 :])
-    per_level = lambda tree: jax.tree.map(lambda a: fold(a, 1), tree)
-    px = jax.tree.map(lambda a: fold(a, 0), trace.px)
-    return trace.replace(
-      eps=per_level(trace.eps), z=per_level(trace.z), log_p=per_level(trace.log_p), context=per_level(trace.context),
-      prior=per_level(trace.prior), px=px, log_px=px.log_prob(x), posterior=inferred.posterior,
-    ), {**changed, **more}  # fmt: skip
+    means = [(q.loc - p.loc) / p.scale for q, p in zip(inferred.posterior, inferred.prior, strict=True)]
+    u = self.coordinates(params, stats).pack(means)
+    trace, more = self.decode(params, stats, jnp.tile(u[0], (k, 1)), key, train)
+    return folded(trace, x, k).replace(posterior=inferred.posterior), {**changed, **more}
+
+  def decode(self, params: Params, stats: Any, u: Array, key: Key | None = None, train: bool = False) -> tuple[Trace, Any]:
+    """(Trace with k = 1 of given vectors u [n, d], changed statistics); levels that are not covered are drawn."""
+    choose = self.coordinates(params, stats).choose(u, ancestral)
+    key = jax.random.key(0) if key is None else key
+    return self._apply(params, stats, key, 'simulate', len(u), choose=choose, train=train)
 
   def vectors(self, params: Params, stats: Any, x: Array, key: Key) -> Array:
     """The noise coordinates of images x [b, h, w, c], [b, d]; no gradient reaches the network."""
@@ -107,6 +107,14 @@ class CodesMethod(LatentMethod):
       u = self.draw(variables, own, n, layout.size, self.sampler(sampler), temperature)
       choose = layout.choose(u, super().chooser(variables, 'base', temperature))
     return super().simulate(variables, key, n, sampler, temperature, choose)
+
+
+def folded(trace: Trace, x: Array, k: int) -> Trace:
+  """A trace of k b decoded vectors, sample by sample, as one of k samples of each image x [b, h, w, c]; no `log_q`."""
+  fold = lambda tree, lead: jax.tree.map(lambda a: a.reshape(*a.shape[:lead], k, len(x), *a.shape[lead + 2 :]), tree)
+  px = fold(trace.px, 0)
+  levels = {name: fold(getattr(trace, name), 1) for name in ('eps', 'z', 'log_p', 'context', 'prior')}
+  return trace.replace(px=px, log_px=px.log_prob(x), **levels)
 
 
 def check_codes(codes: str, levels: int) -> None:
