@@ -79,6 +79,9 @@ class LatentDensity(CodesMethod):
     found = self.prior.log_prob(params['prior'], flat).reshape(u.shape[:-1])
     return found - jnp.log(params['whitening']['scale']).sum() if self.whiten else found
 
+  def evaluations(self, sampler: str) -> float:
+    return self.prior.evaluations(sampler)
+
   def draw(self, variables: Variables, key: Key, n: int, d: int, sampler: str, temperature: float) -> Array:
     params = variables['params']
     u = self.prior.sample(params['prior'], key, n, d, sampler, temperature)

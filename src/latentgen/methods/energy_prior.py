@@ -20,6 +20,7 @@ from latentgen.types import Array, Aux, Batch, Context, Key, LatentNet, Params, 
 
 OBJECTIVES = ('likelihood', 'contrast')
 POSTERIORS = ('langevin', 'encoder')
+UPDATES = ('prior', 'generator')
 KERNELS = {'ula': ula, 'mala': mala}
 
 
@@ -32,16 +33,16 @@ class EnergyPrior(CodesMethod):
   K - 1 tilts before it, so that p_K = p_K-1 exp(f) approaches the aggregate posterior (Xiao and Han, section 3).
 
   With `posterior` = 'langevin' there is no encoder: posterior samples are short chains on log p(u) + log p(x | u) from noise. With
-  'encoder' they are the encoder's (of an earlier stage), moved on by such a chain if its kernel has steps. With `generator` a
-  second update moves the decoder by -log p(x | u) at the same posterior samples.
+  'encoder' they are the encoder's (of an earlier stage), moved on by such a chain if its kernel has steps. The update `generator`
+  moves the decoder by -log p(x | u) at the same posterior samples.
 
   Args:
     net: see CodesMethod, as `codes` and `levels`.
     tilt: module with `init(key, u)` and `apply(params, u)` -> f.
-    tilts: K.
+    tilts: K; 0 is N(0, I), with a generator to be trained.
     objective: one of OBJECTIVES.
     posterior: one of POSTERIORS.
-    generator: whether the decoder is trained.
+    train: the updates, of 'prior' and 'generator'.
     prior_kernel: chains of the prior.
     posterior_kernel: chains of the posterior.
     chains: persistent chains of the prior, of which each step moves as many as there are images; 0 starts from noise every time.
@@ -54,7 +55,7 @@ class EnergyPrior(CodesMethod):
   tilts: int = 1
   objective: Literal['likelihood', 'contrast'] = 'likelihood'
   posterior: Literal['langevin', 'encoder'] = 'langevin'
-  generator: bool = True
+  train: tuple[str, ...] = UPDATES
   prior_kernel: Kernel = ula(60, 0.16)
   posterior_kernel: Kernel = ula(20, 0.01)
   chains: int = 0
@@ -125,9 +126,14 @@ class EnergyPrior(CodesMethod):
   def prior_samples(self, params: Params, key: Key, start: Array, tilts: int) -> Array:
     """Moves points [n, d] through the priors of 1, 2, ..., `tilts` tilts in turn."""
     for i in range(1, tilts + 1):
-      density = lambda u, i=i: self.log_prior_unnormalised(params, u, i)
-      start, _ = self.prior_kernel(jax.random.fold_in(key, i), density, start)
+      start = self._move(params, jax.random.fold_in(key, i), start, i)
     return start
+
+  def _move(self, params: Params, key: Key, start: Array, tilts: int) -> Array:
+    """One chain under the prior of so many tilts."""
+    if not tilts:
+      return start
+    return self.prior_kernel(key, lambda u: self.log_prior_unnormalised(params, u, tilts), start)[0]
 
   def posterior_samples(self, params: Params, stats: Any, x: Array, key: Key, tilts: int) -> tuple[Array, Array]:
     """(u [b, d], acceptance [b]) at images x, under the prior of so many tilts."""
@@ -155,7 +161,6 @@ class EnergyPrior(CodesMethod):
     return u if sampler == 'base' else self.prior_samples(params, run, u, self.tilts)
 
   def evaluations(self, sampler: str) -> float:
-    """Network evaluations that one sample takes; a gradient counts as one."""
     steps = sum(range(1, self.tilts + 1)) * self.prior_kernel.steps
     return {'langevin': steps, 'sir': self.tilts * self.proposals, 'base': 0}[sampler]
 
@@ -164,30 +169,25 @@ class EnergyPrior(CodesMethod):
   def prepare(self, params: Params, ctx: Context) -> tuple[Any, Any]:
     posterior, prior, pick, fresh = jax.random.split(ctx.key, 4)
     x = ctx.batch['image']
-    tilts = self.tilts - (self.objective == 'contrast')
+    tilts = self.tilts - (self.objective == 'contrast' and 'prior' in self.train)
     positive, accepted = self.posterior_samples(params, ctx.stats, x, posterior, tilts)
-    n, d = positive.shape
-    start = coordinates.standard(fresh, n, d)
-    carry = ctx.carry
-    if self.chains:
+    if 'prior' not in self.train:
+      return {'positive': positive, 'accepted': accepted}, ctx.carry
+    start = coordinates.standard(fresh, *positive.shape)
+    if not self.chains:
+      negative, carry = self.prior_samples(params, prior, start, tilts), ctx.carry
+    else:
       again, rows = jax.random.split(pick)
-      rows = jax.random.choice(rows, self.chains, (n,), replace=False)
-      keep = jax.random.bernoulli(again, 1.0 - self.restart, (n, 1))
-      start = jnp.where(keep, carry['chains'][rows], start)
-    negative = self.prior_samples(params, prior, start, tilts) if not self.chains else self._persist(params, prior, start, tilts)
-    if self.chains:
-      carry = {'chains': carry['chains'].at[rows].set(negative)}
+      rows = jax.random.choice(rows, self.chains, start.shape[:1], replace=False)
+      keep = jax.random.bernoulli(again, 1.0 - self.restart, (len(start), 1))
+      start = jnp.where(keep, ctx.carry['chains'][rows], start)
+      negative = self._move(params, prior, start, tilts)
+      carry = {'chains': ctx.carry['chains'].at[rows].set(negative)}
     return {'positive': positive, 'negative': negative, 'accepted': accepted}, carry
 
-  def _persist(self, params: Params, key: Key, start: Array, tilts: int) -> Array:
-    """Persistent chains move under the newest prior alone."""
-    if not tilts:
-      return start
-    return self.prior_kernel(key, lambda u: self.log_prior_unnormalised(params, u, tilts), start)[0]
-
   def updates(self) -> tuple[Update, ...]:
-    prior = Update('prior', (self.active,), self.prior_loss)
-    return (prior, Update('generator', ('decoder',), self.generator_loss)) if self.generator else (prior,)
+    known = (Update('prior', (self.active,), self.prior_loss), Update('generator', ('decoder',), self.generator_loss))
+    return tuple(update for update in known if update.name in self.train)
 
   def _logits(self, params: Params, shared: Any) -> tuple[Array, Array]:
     apply = lambda u: self.tilt.apply({'params': params[self.active]}, u)
@@ -213,12 +213,26 @@ class EnergyPrior(CodesMethod):
     return -log_px, Aux({'log_px': log_px}, stats)
 
   def metrics(self, params: Params, ctx: Context) -> dict[str, Array]:
-    """Of 'contrast' the two cross-entropies in nats, 2 log 2 at chance; else the difference of the tilts' means."""
+    """Of 'contrast' the two cross-entropies in nats, 2 log 2 at chance; of 'likelihood' the difference of the tilts' means."""
     shared, _ = dataclasses.replace(self, chains=0).prepare(params, ctx)
-    positive, negative = self._logits(params, shared)
-    if self.objective == 'contrast':
-      return {'contrast': jax.nn.softplus(-positive) + jax.nn.softplus(negative)}
-    return {'gap': negative - positive, 'reconstruction': -self.log_px(params, ctx.stats, shared['positive'], ctx.batch['image'])}
+    found = {}
+    if 'prior' in self.train:
+      positive, negative = self._logits(params, shared)
+      found['gap'] = negative - positive
+      if self.objective == 'contrast':
+        found = {'contrast': jax.nn.softplus(-positive) + jax.nn.softplus(negative)}
+    if 'generator' in self.train:
+      found['reconstruction'] = -self.log_px(params, ctx.stats, shared['positive'], ctx.batch['image'])
+    return found
+
+  def ratios(self, variables: Variables, x: Array, key: Key) -> dict[str, Array]:
+    """Every tilt's logit at posterior and prior samples of its own stage: {'positive', 'negative'}, [K, b]."""
+    params, found = variables['params'], []
+    for i in range(self.tilts):
+      stage = dataclasses.replace(self, tilts=i + 1, objective='contrast', train=('prior',), chains=0)
+      ctx = Context({'image': x}, jax.random.fold_in(key, i), jnp.int32(0), variables['stats'])
+      found.append(stage._logits(params, stage.prepare(params, ctx)[0]))
+    return {name: jnp.stack([pair[i] for pair in found]) for i, name in enumerate(('positive', 'negative'))}
 
   # -------------------------------------------------------------------------------------------- evaluation
 
@@ -244,7 +258,7 @@ def build(
   *,
   objective: str = 'likelihood',
   posterior: str = 'langevin',
-  generator: bool = True,
+  train: Sequence[str] = UPDATES,
   tilts: int = 1,
   hidden: Sequence[int] = (200, 200),
   activation: str = 'gelu',
@@ -267,9 +281,12 @@ def build(
   for name, value, known in (('objective', objective, OBJECTIVES), ('posterior', posterior, POSTERIORS), ('kernel', kernel, KERNELS)):
     if value not in known:
       raise UserError(f'method.{name} is {value!r}{near(value, known)}')
-  counts = dict(tilts=tilts, prior_steps=prior_steps, proposals=proposals, chunk=chunk)
-  for name, value in {**counts, 'posterior_steps': posterior_steps, 'chains': chains}.items():
-    least = int(name in counts or (name == 'posterior_steps' and posterior == 'langevin'))
+  if not set(train) <= set(UPDATES) or not train:
+    raise UserError(f'method.train is {tuple(train)!r}, need one or both of {UPDATES}')
+  counts = dict(prior_steps=prior_steps, proposals=proposals, chunk=chunk)
+  for name, value in {**counts, 'posterior_steps': posterior_steps, 'chains': chains, 'tilts': tilts}.items():
+    needed = {'posterior_steps': posterior == 'langevin', 'tilts': 'prior' in train}
+    least = int(name in counts or needed.get(name, False))
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
       raise UserError(f'method.{name} is {value!r}, need a whole number of at least {least}')
   for name, value in (('prior_step_size', prior_step_size), ('posterior_step_size', posterior_step_size)):
@@ -279,7 +296,7 @@ def build(
     raise UserError(f'method.restart is {restart}, need a share between 0 and 1')
   make = KERNELS[kernel]
   return EnergyPrior(
-    net, tilt=energy.checked(hidden, activation), tilts=tilts, objective=objective, posterior=posterior, generator=generator,
+    net, tilt=energy.checked(hidden, activation), tilts=tilts, objective=objective, posterior=posterior, train=tuple(train),
     prior_kernel=make(prior_steps, prior_step_size), posterior_kernel=make(posterior_steps, posterior_step_size),
     chains=chains, restart=restart, proposals=proposals, chunk=min(chunk, proposals),
   )  # fmt: skip

@@ -5,7 +5,8 @@ adjusted ones or an exact grid where the answer must be right.
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol
+import dataclasses
+from typing import Any
 
 import blackjax
 import jax
@@ -17,13 +18,20 @@ Array = jax.Array
 LogDensity = Callable[..., Array]
 
 
-class Kernel(Protocol):
-  """Moves n independent chains."""
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+  """Moves n independent chains; each has noise of its own, whatever the others are.
 
-  steps: int  # gradient evaluations a chain
+  Args:
+    run: what is called.
+    steps: gradient evaluations a chain.
+  """
+
+  run: Callable[..., tuple[Array, Array]]
+  steps: int
 
   def __call__(self, key: Array, log_density: LogDensity, position: Array, *data: Any) -> tuple[Array, Array]:
-    """Runs the chains; each has noise of its own, whatever the others are.
+    """Runs the chains.
 
     Args:
       key: PRNG key.
@@ -35,7 +43,7 @@ class Kernel(Protocol):
     Returns:
       (position [n, d], share of proposals that were accepted [n]).
     """
-    ...
+    return self.run(key, log_density, position, *data)
 
 
 def _keys(key: Array, n: int) -> Array:
@@ -61,8 +69,7 @@ def ula(steps: int, step_size: float) -> Kernel:
     state, _ = chain.run(_keys(key, len(position)), chain.init(position), step_size, steps)
     return state.position, jnp.ones(len(position))
 
-  run.steps = steps
-  return run
+  return Kernel(run, steps)
 
 
 def mala(steps: int, step_size: float) -> Kernel:
@@ -90,5 +97,4 @@ def mala(steps: int, step_size: float) -> Kernel:
 
     return jax.vmap(chain)(_keys(key, len(position)), position, *data)
 
-  run.steps = steps
-  return run
+  return Kernel(run, steps)

@@ -14,7 +14,7 @@ from latentgen.data import pipeline
 from latentgen.errors import TrainingDiverged, UserError
 from latentgen.train import check, keys, sharding, step as stepping
 from latentgen.train.checkpoint import Checkpoints
-from latentgen.train.writers import Metrics, StageProgress, say
+from latentgen.train.writers import Clock, Metrics, StageProgress, say
 from latentgen.types import Recipe, Stage, TrainState, Variables
 
 
@@ -171,7 +171,7 @@ def _train_stage(run: Run, index: int, metrics: Metrics) -> None:
   for line in sharding.describe(abstract.params, jax.tree.map(lambda a: a.sharding, abstract.params)):
     say(f'{stage.name}: parameters {line}')
   iterator = run.iterator(stage)
-  step = store.latest()
+  clock, step = Clock(run.workdir), store.latest()
   if step is not None:
     state = store.restore(step, abstract, iterator)
     say(f'{stage.name}: resuming from step {step}')
@@ -218,6 +218,7 @@ def _train_stage(run: Run, index: int, metrics: Metrics) -> None:
           if scores:
             metrics.write(stage.name, step, scores, split='valid')
           store.save(step, state, iterator, scores)
+          clock.add(stage.name)
           if stage.patience_steps and not last:
             store.wait()
             if _waited(stage, store):
@@ -267,7 +268,7 @@ def _validator(run: Run, stage: Stage) -> Callable[[TrainState], dict[str, float
 
 def _fit(run: Run, index: int, metrics: Metrics) -> None:
   """A stage in closed form."""
-  stage, abstract = run.recipe[index], run.abstract(run.recipe[index])
+  stage, abstract, clock = run.recipe[index], run.abstract(run.recipe[index]), Clock(run.workdir)
   say(f'[{index + 1}/{len(run.recipe)}] {stage.name}: fitting')
   metrics.rewind([s.name for s in run.recipe], stage.name, -1)
   state = _initial(run, stage, abstract)
@@ -289,3 +290,4 @@ def _fit(run: Run, index: int, metrics: Metrics) -> None:
   store = run.checkpoints(stage)
   store.save(0, state, None)
   store.close()
+  clock.add(stage.name)
