@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from latentgen import losses
 from latentgen.errors import UserError, near
+from latentgen.nets import unet
 from latentgen.nets.layers import Dense
 from latentgen.priors import coordinates
 from latentgen.samplers import diffusion, sdes
@@ -39,9 +40,7 @@ class Vectors(nn.Module):
   @nn.compact
   def __call__(self, z: Array, t: Array, train: bool = False) -> Array:
     """[n, d] of unit scale, times [n] -> [n, d]."""
-    frequency = jnp.exp(-math.log(10_000.0) * jnp.linspace(0.0, 1.0, self.channels // 2))
-    phase = TIME_SCALE * t[:, None] * frequency
-    time = nn.swish(Dense(self.channels, name='time')(jnp.concatenate([jnp.sin(phase), jnp.cos(phase)], -1)))
+    time = nn.swish(Dense(self.channels, name='time')(unet.positional_embedding(TIME_SCALE * t, self.channels)))
     h = Dense(self.channels, name='in')(z)
     for i in range(self.layers):
       r = nn.swish(Dense(self.channels, name=f'first_{i}')(nn.swish(h)) + Dense(self.channels, name=f'time_{i}')(time))
@@ -172,9 +171,14 @@ def build(
   sde: str = 'vp',
   sde_range: tuple[float, float] = (),
   start: float | None = None,
+  map: tuple[int, ...] = (),
   channels: int = 128,
   layers: int = 3,
   dropout: float = 0.0,
+  multipliers: tuple[int, ...] = (1,),
+  attention: tuple[int, ...] = (),
+  fir: bool = False,
+  dtype: str = 'float32',
   **options: Any,
 ) -> Diffusion:
   """The density as a config names it; further options are the fields of Diffusion.
@@ -183,9 +187,14 @@ def build(
     sde: 'vp', 'geometric', 'sub_vp' or 've'.
     sde_range: (beta0, beta1) of 'vp' and 'sub_vp', (smallest, largest variance) of the others; () has the defaults of the class.
     start: e; by default 0 for 'geometric', else 0.01.
+    map: (g, h, w, c) of the one level that is covered, for a U-Net (nets.unet) on maps [h, w, g c]; () has an MLP on vectors.
     channels: width of the network.
-    layers: its blocks.
+    layers: its blocks, of a U-Net for every level.
     dropout: rate.
+    multipliers: of the U-Net, as what follows: factors on `channels`, one a level.
+    attention: heights of maps with attention.
+    fir: resample through a filter.
+    dtype: of the convolutions.
 
   Raises:
     UserError: a value that cannot be, naming the key.
@@ -206,7 +215,15 @@ def build(
   if not 0 <= dropout < 1:
     raise UserError(f'{where}.dropout is {dropout!r}, need a rate of at least 0 and below 1')
   net = Vectors(channels, layers, dropout)
-  return check(Diffusion(kind(*sde_range), net, start, **options))
+  if map:
+    if len(map) != 4 or not all(_whole(n, 1) for n in map):
+      raise UserError(f'{where}.map is {map}, need (groups, height, width, channels) of a level')
+    g, h, w, c = map
+    net = unet.UNet(
+      channels, multipliers, layers, attention, g * c, fir, dropout=dropout, time_scale=TIME_SCALE, dtype=dtype
+    )  # fmt: skip
+    unet.check((h, w, g * c), net, where)
+  return check(Diffusion(kind(*sde_range), net, start, map=map, **options))
 
 
 def check(found: Diffusion) -> Diffusion:
