@@ -3,7 +3,7 @@
 Paper      Xiao, Han, "Adaptive Multi-stage Density Ratio Estimation for Learning Latent Space Energy-based Model", NeurIPS 2022, arXiv
            2209.08739.
 Command    python -m latentgen.main --config=experiments/multistage_dre.py
-Default    scikit-learn's 8x8 digits, 16 latent dimensions, MLPs, up to three ratios; minutes on two CPU cores.
+Default    scikit-learn's 8x8 digits, 8 latent dimensions, MLPs, up to three ratios; minutes on two CPU cores.
 Variants   :smoke (seconds)  :frozen (ratios on a VAE's encoder)  :anomaly (digits 1 and 4 are held out)  :svhn  :celeba64 (sizes of
            experiments/latent_ebm.py)
 
@@ -75,6 +75,8 @@ def get_config(variant: str = '') -> ConfigDict:
     config.paper = ({'svhn': PAPER[0], 'celeba64': PAPER[1]}[variant],)
     return chain(config, 4, 20_000, 50_000, 5000)
   config = latent_ebm.get_config('anomaly' if variant == 'anomaly' else '')
+  config.model.latent = 8
+  config.stages.ebm.method.update(posterior_steps=40, posterior_step_size=0.02)
   config.train.checkpoint_every_steps = 100
   if variant == 'frozen':
     return frozen(config, 1500, 400)

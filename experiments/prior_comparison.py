@@ -20,16 +20,16 @@ import nvae
 import vae_nce
 
 VARIANTS = ('smoke', 'mnist', 'fashion')
-PRIORS = {
-  'standard normal': 'normal',
-  'Gaussian mixture': 'gmm',
-  'VampPrior': 'vamp',
-  'spline flow': 'flow',
-  'noise-contrastive': 'nce',
-  'ratio chain': ('ratio0', 'ratio1', 'ratio2'),
-  'energy-based': 'ebm',
-  'diffusion': 'diffusion',
-}
+PRIORS = (
+  ('standard normal', 'normal'),
+  ('Gaussian mixture', 'gmm'),
+  ('VampPrior', 'vamp'),
+  ('spline flow', 'flow'),
+  ('noise-contrastive', 'nce'),
+  ('ratio chain', 'ratio0', 'ratio1', 'ratio2'),
+  ('energy-based', 'ebm'),
+  ('diffusion', 'diffusion'),
+)
 
 
 def priors(config: ConfigDict, steps: int, components: int) -> dict[str, dict]:

@@ -130,7 +130,7 @@ class Density(Protocol):
     """[n, d] -> nats, [n]; only if `exact`."""
     ...
 
-  def evaluations(self, sampler: str) -> float:
+  def evaluations(self, params: Any, d: int, sampler: str) -> float:
     """Network evaluations that one sample takes."""
     ...
 

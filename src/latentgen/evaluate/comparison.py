@@ -52,7 +52,7 @@ COLUMNS = {  # key of a result: (heading, what is best)
 def run(
   subject: Subject,
   *,
-  priors: Mapping[str, str | Sequence[str]] | None = None,
+  priors: Sequence[Sequence[str]] | None = None,
   split: str | Sequence[str] = 'test',
   limit: int | None = 5000,
   train_limit: int | None = 20000,
@@ -69,8 +69,7 @@ def run(
 
   Args:
     subject: what is evaluated.
-    priors: {name: the stage that ends with this prior, or all stages that train it, the last one last}; all stages with samples of
-      their own by default.
+    priors: rows (name, stage, ...), the stages that train this prior, the last one last; by default every stage of the recipe.
     split: held-out images, a name or several; those of image space are of the last one.
     limit: only the first so many images of each split.
     train_limit: see evaluate.frechet, as `steps` and `repeats`.
@@ -118,7 +117,7 @@ def run(
     own = [tree for group, tree in mine.variables['params'].items() if group not in NETWORK]
     size = sum(int(leaf.size) for leaf in jax.tree.leaves(own))
     results[f'comparison/{name}/parameters'] = Result(size, 'parameters', 1)
-    results[f'comparison/{name}/evaluations'] = Result(float(mine.method.evaluations(sampler)), 'evaluations', 1)
+    results[f'comparison/{name}/evaluations'] = Result(float(mine.method.evaluations(mine.variables, sampler)), 'evaluations', 1)
     clock[name, 'training'] = sum(subject.seconds.get(stage, 0.0) for stage in stages)
     clock[name, 'sampling'] = _seconds(mine, sampler, timed)
   pictures = {
@@ -136,14 +135,13 @@ def run(
 
 def _chosen(subject: Subject, where: str, priors) -> dict[str, tuple[str, ...]]:
   known = subject.stages
-  priors = {name: name for name in known} if priors is None else priors
-  chosen = {name: (stages,) if isinstance(stages, str) else tuple(stages) for name, stages in priors.items()}
+  chosen = {name: tuple(stages) for name, *stages in (zip(known, known) if priors is None else priors)}
   for name, stages in chosen.items():
     if name == 'real' or not stages:
-      raise UserError(f'{where}.priors.{name}: {"the name is taken" if stages else "names no stage"}')
+      raise UserError(f'{where}.priors: {name!r} {"is taken" if stages else "names no stage"}')
     for stage in stages:
       if stage not in known:
-        raise UserError(f'{where}.priors.{name}: no stage {stage!r}{near(stage, known)}')
+        raise UserError(f'{where}.priors: {name!r} has no stage {stage!r}{near(stage, known)}')
   return chosen
 
 

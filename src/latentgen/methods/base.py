@@ -109,9 +109,9 @@ class LatentMethod(Base):
     """[n, h, w, c] decoder means."""
     return self.simulate(variables, key, n, sampler, temperature).px.mean[0]
 
-  def evaluations(self, sampler: str) -> float:
+  def evaluations(self, variables: Variables, sampler: str) -> float:
     """Evaluations of the prior's networks that one sample takes; a gradient counts as one."""
-    del sampler
+    del variables, sampler
     return 0.0
 
   def readjust(self, variables: Variables, key: Key, temperature: float, batches: int = 500, n: int = 16) -> Variables:

@@ -86,8 +86,9 @@ class LatentDensity(CodesMethod):
     found = self.prior.log_prob(params['prior'], flat).reshape(u.shape[:-1])
     return found - jnp.log(params['whitening']['scale']).sum() if self.whiten else found
 
-  def evaluations(self, sampler: str) -> float:
-    return self.prior.evaluations(sampler)
+  def evaluations(self, variables: Variables, sampler: str) -> float:
+    d = self.coordinates(variables['params'], variables['stats']).size
+    return self.prior.evaluations(variables['params']['prior'], d, sampler)
 
   def draw(self, variables: Variables, key: Key, n: int, d: int, sampler: str, temperature: float) -> Array:
     params = variables['params']

@@ -160,7 +160,7 @@ class EnergyPrior(CodesMethod):
     u = coordinates.standard(start, n, d, temperature)
     return u if sampler == 'base' else self.prior_samples(params, run, u, self.tilts)
 
-  def evaluations(self, sampler: str) -> float:
+  def evaluations(self, variables: Variables, sampler: str) -> float:
     steps = sum(range(1, self.tilts + 1)) * self.prior_kernel.steps
     return {'langevin': steps, 'sir': self.tilts * self.proposals, 'base': 0}[sampler]
 

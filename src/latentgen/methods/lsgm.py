@@ -132,9 +132,9 @@ class LSGM(LatentDensity):
     flat = u.reshape(-1, u.shape[-1])
     return self.prior.log_prob(variables['params']['prior'], flat, key).reshape(u.shape[:-1])
 
-  def evaluations(self, sampler: str) -> float:
-    """Network evaluations of one sample where they are known beforehand; else NaN, see `counted`."""
-    return self.prior.evaluations(sampler)
+  def evaluations(self, variables: Variables, sampler: str) -> float:
+    d = self.coordinates(variables['params'], variables['stats']).size
+    return self.prior.evaluations(variables['params']['prior'], d, sampler)
 
   def counted(self, variables: Variables, key: Key, n: int, sampler: str | None = None) -> Array:
     """Network evaluations that n samples took together, []."""

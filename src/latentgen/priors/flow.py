@@ -111,7 +111,7 @@ class Flow:
 
     return jax.lax.scan(step, (y, total), self._stack(params, v.shape[-1]))[0]
 
-  def evaluations(self, sampler: str) -> float:
+  def evaluations(self, params: Any, d: int, sampler: str) -> float:
     del sampler
     return 1.0
 

@@ -80,7 +80,7 @@ class FittedMixture:
     each = jax.vmap(component)(params['loc'], params['scale'])  # [c, n]
     return jax.nn.logsumexp(params['log_weights'][:, None] + each, axis=0)
 
-  def evaluations(self, sampler: str) -> float:
+  def evaluations(self, params: Any, d: int, sampler: str) -> float:
     del sampler
     return 0.0
 

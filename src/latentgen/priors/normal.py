@@ -36,7 +36,7 @@ class Moments:
   def log_prob(self, params: Any, u: Array) -> Array:
     return Normal(params['loc'], params['scale']).log_prob(u).sum(-1)
 
-  def evaluations(self, sampler: str) -> float:
+  def evaluations(self, params: Any, d: int, sampler: str) -> float:
     del sampler
     return 0.0
 

@@ -93,7 +93,7 @@ class VectorVAE:
     top, noise = jax.random.split(key)
     return self._decode(params, coordinates.standard(top, n, self.latent or d, temperature), d).sample(noise)
 
-  def evaluations(self, sampler: str) -> float:
+  def evaluations(self, params: Any, d: int, sampler: str) -> float:
     del sampler
     return 1.0
 
