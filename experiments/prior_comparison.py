@@ -57,7 +57,7 @@ def priors(config: ConfigDict, steps: int, components: int) -> dict[str, dict]:
     gmm=density(dict(name='gmm', components=components), best=False),
     vamp=dict(
       steps=steps,
-      method=dict(name='mixture', objective='elbo', prior='pseudo', components=50, learned_weights=True, frozen=True),
+      method=dict(name='mixture', objective='elbo', prior='pseudo', components=500, learned_weights=True, frozen=True),
       optim=dict(prior=rate(3e-3)),
       load=load,
       best='nelbo',

@@ -20,10 +20,12 @@ from latentgen.evaluate.base import (
   Result,
   Subject,
   Table,
+  average,
   check_count,
   drawn,
   named_key,
   near,
+  per_example,
   seed_of,
 )
 from latentgen.evaluate.grids import beside, grid
@@ -42,6 +44,7 @@ COLUMNS = {  # key of a result: (heading, what is best)
   'coverage': ('coverage', 'high'),
   'elbo': ('ELBO, nats', 'high'),
   'iwae': ('log p(x), nats', 'high'),
+  'gain': ('gain, nats', 'high'),
   'parameters': ('parameters', None),
   'training': ('training, s', None),
   'sampling': ('s / 1,000 samples', None),
@@ -82,7 +85,7 @@ def run(
 
   Returns:
     comparison/<prior>/auroc (latent two-sample test), /frechet, /kernel, /precision, /recall, /density, /coverage (features of a
-    small classifier), /elbo and /iwae (where the prior has a density), /parameters, /evaluations (of the prior's networks, a
+    small classifier), /elbo, /iwae and /gain, log p(x) over that of the first prior (where there is a density), /parameters, /evaluations (of the prior's networks, a
     sample); comparison/real/... for training images in place of samples. Table: these, seconds of training and of sampling.
     Pictures: samples of every prior; the AUROC with its error.
 
@@ -100,6 +103,7 @@ def run(
   rows = np.random.default_rng(seed_of(named_key(subject.key, 'real'))).permutation(len(train))[:n]
   results |= _images('real', embed(train[rows]), reference, kind, repeats, neighbours, named_key(subject.key, 'real'))
   clock: dict[tuple[str, str], float] = {}
+  nats: dict[str, dict[str, np.ndarray]] = {}
   panels = {'held-out images': grid(test[:count])}
   for name, stages in chosen.items():
     mine = dataclasses.replace(subject.stages[stages[-1]](), key=subject.key)
@@ -110,10 +114,11 @@ def run(
     panels[name] = grid(samples[:count])
     results |= _images(name, embed(samples[:n]), reference, kind, repeats, neighbours, named_key(subject.key, name))
     if mine.method.density:
-      found = likelihood.run(
-        mine, split=splits[-1], samples=likelihood_samples, chunk=likelihood_chunk, limit=likelihood_limit
-      )
-      results |= {f'comparison/{name}/{key}': found.results[f'likelihood/{key}'] for key in ('elbo', 'iwae')}
+      bounds = likelihood.terms(mine.method.trace, mine.method.trace, likelihood_samples, likelihood_chunk)
+      nats[name] = per_example(mine, 'comparison', bounds, splits[-1], likelihood_limit, axis=-1)
+      results |= {f'comparison/{name}/{key}': average(nats[name][key], 'nats') for key in ('elbo', 'iwae')}
+      gain = nats[name]['iwae'].astype(np.float64) - next(iter(nats.values()))['iwae']
+      results[f'comparison/{name}/gain'] = average(gain, 'nats')
     own = [tree for group, tree in mine.variables['params'].items() if group not in NETWORK]
     size = sum(int(leaf.size) for leaf in jax.tree.leaves(own))
     results[f'comparison/{name}/parameters'] = Result(size, 'parameters', 1)
@@ -182,8 +187,8 @@ def _table(names: list[str], results: Mapping[str, Result], clock: Mapping, kind
     found = results.get(f'comparison/{name}/{key}')
     if found is None:
       return f'{clock[name, key]:.3g}' if (name, key) in clock else '–'
-    error = f' ± {found.stderr:.2g}' if found.stderr else ''
-    return number(found.value, found.stderr) + error
+    error = f' ± {found.stderr:.2g}' if found.stderr and key not in ('elbo', 'iwae') else ''  # of pairs: see gain
+    return number(found.value, found.stderr or 0.01) + error
 
   bold = set()
   for column, (key, (_, best)) in enumerate(COLUMNS.items(), 1):
@@ -197,7 +202,8 @@ def _table(names: list[str], results: Mapping[str, Result], clock: Mapping, kind
     f'Latent AUROC: how well a fresh classifier tells prior samples from posterior ones of held-out images, {CHANCE} at chance. Fréchet '
     f'and kernel distance, precision, recall, density and coverage on {kind.replace("_", " ")} features of {n} decoder means against '
     'as many held-out images; training images set the floor (their density and coverage are those of real data). ELBO and log p(x) '
-    'where the prior has a density: importance-weighted bounds. Evaluations of the prior’s networks, a gradient counts as one. Best '
+    'where the prior has a density: importance-weighted bounds; gain: of log p(x) over the first prior, image by image. Evaluations: of '
+    'the prior’s networks, a gradient counts as one. Best '
     'of each column in bold; differences within the standard errors are noise.'
   )
   return Table(['prior', *(heading for heading, _ in COLUMNS.values())], rows, 'Priors on one frozen network', caption, frozenset(bold))
