@@ -14,7 +14,7 @@ from latentgen.data.source import ArraySource
 from latentgen.errors import UserError
 from latentgen.evaluate import Subject, run_all
 from latentgen.methods import score
-from latentgen.nets import ncsn
+from latentgen.nets import convolution, layers, ncsn
 from latentgen.types import Context
 
 KEY = jax.random.key(0)
@@ -437,6 +437,24 @@ def small():
   shapes = jax.eval_shape(net.init, KEY, x, jnp.zeros(3, jnp.int32))
   params = jax.tree.map(lambda a: jnp.float32(0.3 * rng.normal(size=a.shape)), shapes)
   return jax.jit(net.apply), params, x
+
+
+def test_sliced_loss_goes_through_the_convolutions_own_gradients():
+  """Second derivatives of a network on a CPU are those of XLA's convolutions."""
+  first, second = (layers.Conv(n, 3) for n in (5, 2))
+  x = jax.random.normal(KEY, (3, 6, 6, 2))
+
+  def loss(params):
+    score_fn = lambda y, s: second.apply(params[1], jax.nn.elu(first.apply(params[0], y)))
+    return losses.noisy_sliced_score_matching(score_fn, jax.random.key(2), x, jnp.full((3,), 0.3), projections=2).mean()
+
+  params = first.init(KEY, x), second.init(KEY, jnp.zeros((3, 6, 6, 5)))
+  found = {}
+  for name in ('native', 'custom'):
+    with convolution.implementation(name):
+      found[name] = jax.jit(lambda p: jax.value_and_grad(loss)(p))(params)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), found['custom'], found['native'])
+  assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(found['native'][1])) > 1e-3
 
 
 def test_levels_change_the_output_and_the_batch_does_not():

@@ -1,7 +1,8 @@
 """The noise-conditional score network: a RefineNet with dilated convolutions and conditional instance norm.
 
-Song and Ermon, "Generative Modeling by Estimating Gradients of the Data Distribution", 2019, arXiv 1907.05600, appendix A. Lin,
-Milan, Shen and Reid, "RefineNet: Multi-Path Refinement Networks for High-Resolution Semantic Segmentation", 2017, arXiv 1611.06612.
+Song and Ermon, "Generative Modeling by Estimating Gradients of the Data Distribution", 2019, arXiv 1907.05600, appendix A.
+Lin, Milan, Shen and Reid, "RefineNet: Multi-Path Refinement Networks for High-Resolution Semantic Segmentation", 2017, arXiv
+1611.06612.
 """
 
 from collections.abc import Sequence
@@ -51,7 +52,7 @@ class Norm(nn.Module):
 
 
 class Dilated(nn.Module):
-  """`Conv` of size 3 whose taps are `dilation` pixels apart; the map is taken apart into that many squared, and put together."""
+  """`Conv` of size 3 whose taps are `dilation` pixels apart: it runs on the d^2 maps of every d-th row and column."""
 
   features: int
   dilation: int = 1
@@ -72,13 +73,22 @@ class Dilated(nn.Module):
 
 
 class Block(nn.Module):
-  """x + conv(elu(norm(conv(elu(norm(x)))))), the map halved by averaging where `halve`; dilation instead of further halving."""
+  """x + conv(elu(norm(conv(elu(norm(x)))))).
+
+  Args:
+    features: channels that come out.
+    levels: of the norms.
+    dilation: of the convolutions.
+    halve: halves the map by averaging.
+    widen: the second convolution changes the number of channels, not the first, and the way around has a convolution, too.
+    dtype: of the convolutions.
+  """
 
   features: int
   levels: int
   dilation: int = 1
   halve: bool = False
-  widen: bool = False  # the convolution that changes the number of channels is the second, and the way around it has one, too
+  widen: bool = False
   dtype: Any = jnp.float32
 
   @nn.compact
