@@ -196,9 +196,8 @@ def test_weight_puts_all_levels_on_one_scale(power):
 def test_sliced_forms_agree_on_average_and_one_varies_less():
   a = jnp.float32(np.random.default_rng(0).normal(size=(4, 4)))
   x = jnp.full((50_000, 4), 0.7)
-  reduced, plain = (
-    np.asarray(losses.sliced_score_matching(lambda y: y @ a.T, KEY, x, variance_reduced=flag), np.float64) for flag in (True, False)
-  )  # fmt: skip
+  loss = lambda flag: losses.sliced_score_matching(lambda y: y @ a.T, KEY, x, variance_reduced=flag)
+  reduced, plain = (np.asarray(loss(flag), np.float64) for flag in (True, False))
   want = np.trace(a) + 0.5 * np.square(np.asarray(a) @ np.full(4, 0.7)).sum()
   for found in (reduced, plain):
     np.testing.assert_allclose(found.mean(), want, atol=5 * found.std() / np.sqrt(50_000))
@@ -304,7 +303,8 @@ def test_inpainting_keeps_what_is_known():
 @pytest.mark.parametrize('options, message', [
   (dict(objective='sliding'), "method.objective is 'sliding'"), (dict(convention='none'), 'method.convention'),
   (dict(langevin_steps=0), 'method.langevin_steps is 0'), (dict(projections=True), 'method.projections'),
-  (dict(step_size=0.0), 'method.step_size is 0.0'), (dict(start=0.01), 'method.start is 0.01'), (dict(power=-1.0), 'method.power'),
+  (dict(step_size=0.0), 'method.step_size is 0.0'), (dict(start=0.01), 'method.start is 0.01'),
+  (dict(power=-1.0), 'method.power'),
 ])  # fmt: skip
 def test_method_refuses(options, message):
   with pytest.raises(UserError, match=message) as error:
