@@ -2,7 +2,10 @@
 
 Paper      Song, Ermon, "Generative Modeling by Estimating Gradients of the Data Distribution", NeurIPS 2019, arXiv 1907.05600.
 Command    python -m latentgen.main --config=experiments/ncsn.py
-Default    scikit-learn's 8x8 digits at 4 bits, a narrow network; minutes on two CPU cores.
+Default    scikit-learn's 8x8 digits at 4 bits, a narrow network; minutes on two CPU cores. This command, test images: Frechet
+           distance on the features of a small classifier 4.7 annealed, 3.8 denoised, 4.0 real training images (standard errors
+           2 to 3, 250 images); right half hidden, mean squared error of the average of four draws 0.043, of one draw 0.070, of
+           the training mean 0.067 (standard errors 0.003 to 0.011, 32 images).
 Variants   :smoke (seconds)
            :sliced   the default by sliced score matching
            :mnist  :cifar10  :celeba   the paper's network, ladder, steps and optimiser; data from tensorflow-datasets, prepared once
