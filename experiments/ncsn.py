@@ -8,14 +8,14 @@ Default    scikit-learn's 8x8 digits at 4 bits, a narrow network; minutes on two
            the training mean 0.067 (standard errors 0.003 to 0.011, 32 images).
 Variants   :smoke (seconds)
            :sliced   the default by sliced score matching
-           :mnist  :cifar10  :celeba   the paper's network, ladder, steps and optimiser; data from tensorflow-datasets, prepared once
+           :mnist  :cifar10  :celeba   the paper's network, ladder, steps and optimiser; data from tensorflow-datasets
 
 Deviations (paper / here / why):
-  weights of one step, picked among checkpoints by sample quality / average with decay 0.999 (default 0.995), of the step with the
-    least denoising loss on held-out images / later work shows that the average samples better; nothing is chosen by eye
+  weights of one step, picked among checkpoints by sample quality / average with decay 0.999 (default 0.995), of the step with
+    the least denoising loss on held-out images / later work shows that the average samples better; nothing is chosen by eye
   the last sample is kept as it is / sampler 'annealed'; 'denoised' adds a last step to the mean / takes away the last noise
-  10 levels, sigma 1 to 0.01, 100 steps a level / the same for :mnist, :cifar10, :celeba; the default ends at 0.03, about the noise
-    of dequantised 4 bits, with 30 steps a level / time
+  10 levels, sigma 1 to 0.01, 100 steps a level / the same for :mnist, :cifar10, :celeba; the default ends at 0.03, about the
+    noise of dequantised 4 bits, with 30 steps a level / time
   the network is the score / the same for the published sizes; the default divides it by sigma / trains faster
   inpainting keeps the noise of the last level in the known pixels / they are put back / they are known
   inception score and FID on 50,000 samples / distances on the features of a small classifier / no Inception network here

@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 from latentgen.errors import UserError, near
 
-OPEN = ('data', 'model', 'evaluate.*', 'stages.*.method', 'stages.*.optim.*')
+OPEN = ('data', 'model', 'evaluate.*', 'stages.*.method', 'stages.*.method.prior', 'stages.*.optim.*')
 # sections whose options belong to what they configure, which checks them itself
 TOP_LEVEL = ('data', 'model', 'recipe', 'stages', 'evaluate', 'mesh', 'train', 'seed', 'paper', 'image_shape')
 
@@ -279,7 +279,7 @@ def build_recipe(config: Mapping[str, Any], image_shape: tuple[int, int, int]) -
     if stage not in config['stages']:
       raise UserError(f'config.recipe names stage {stage!r}{near(stage, config["stages"])}')
     options = dict(config['stages'][stage])
-    known = ('steps', 'method', 'optim', 'load', 'ema', 'best')
+    known = ('steps', 'method', 'optim', 'load', 'ema', 'best', 'patience_steps')
     for key in options:
       if key not in known:
         raise UserError(f'{where}.{key} does not exist{near(key, known)}')
@@ -288,6 +288,10 @@ def build_recipe(config: Mapping[str, Any], image_shape: tuple[int, int, int]) -
       raise UserError(f'{where}.steps is {steps!r}, need a whole number of steps')
     method_name, method_options = split_name(options.get('method', {}), f'{where}.method')
     found = module('latentgen.methods', method_name, f'{where}.method.name')
+    if isinstance(method_options.get('prior'), Mapping):  # a section: a module of priors with its own options
+      prior, prior_options = split_name(method_options['prior'], f'{where}.method.prior')
+      builder = module('latentgen.priors', prior, f'{where}.method.prior.name').build
+      method_options['prior'] = call(builder, f'{where}.method.prior', prior_options)
     method = call(found.build, f'{where}.method', method_options, net, steps)
     stages.append(
       Stage(
@@ -299,6 +303,7 @@ def build_recipe(config: Mapping[str, Any], image_shape: tuple[int, int, int]) -
         fit=getattr(method, 'fit', None),
         ema=options.get('ema', {}),
         best=options.get('best') or None,
+        patience_steps=options.get('patience_steps', 0),
       )
     )
   return tuple(stages)

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import json
 import pathlib
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 from latentgen import config as configs, evaluate as evaluation, workdir as workdirs
 from latentgen.errors import UserError
 from latentgen.evaluate import grids, report
-from latentgen.train import keys, loop
+from latentgen.train import keys, loop, writers
 from latentgen.train.writers import say
 
 
@@ -81,9 +82,9 @@ def evaluate(command: Command) -> None:
     _evaluate(command, run, mine)
 
 
-def subject(run: loop.Run) -> evaluation.Subject:
-  """The last stage as evaluation sees it."""
-  stage = run.recipe[-1]
+def subject(run: loop.Run, name: str | None = None) -> evaluation.Subject:
+  """A stage as evaluation sees it, the last by default."""
+  stage = next((s for s in run.recipe if s.name == name), run.recipe[-1])
   return evaluation.Subject(
     method=stage.method,
     variables=loop.load_variables(run, stage),
@@ -92,6 +93,8 @@ def subject(run: loop.Run) -> evaluation.Subject:
     key=keys.named(run.root, 'evaluation'),
     batch_size=run.settings.batch_size,
     put=run.put,
+    stages={s.name: functools.partial(subject, run, s.name) for s in run.recipe},
+    seconds=writers.Clock(run.workdir).seconds,
   )
 
 
@@ -105,6 +108,7 @@ def _evaluate(command: Command, run: loop.Run, mine: dict[str, Any]) -> None:
     return
   evaluation.write_results(command.workdir / 'results.json', findings.results)
   pictures = evaluation.write_pictures(command.workdir / 'samples' / stage, findings.images)
+  evaluation.write_tables(command.workdir / 'tables', findings.tables)
   rows = [json.loads(line) for line in (command.workdir / 'metrics.jsonl').read_text().splitlines()]
   report.write(
     command.workdir,
@@ -115,6 +119,7 @@ def _evaluate(command: Command, run: loop.Run, mine: dict[str, Any]) -> None:
     metrics=rows,
     paper=[dict(row) for row in configs.plain(command.config.get('paper', ()))],
     command=command.text(),
+    tables=findings.tables.values(),
   )
   say(f'report: {command.workdir / "report.html"}')
 

@@ -105,6 +105,36 @@ class LatentNet(Protocol):
     ...
 
 
+class Density(Protocol):
+  """A density over vectors that is learned from examples of them; a prior on noise coordinates. All of it is traceable.
+
+  It has either `loss`, for gradient steps, or `fit(key, vectors) -> params` on numpy arrays [n, d], for a stage in closed form.
+  """
+
+  exact: bool  # `log_prob` is there, and is the log-density itself
+  samplers: tuple[str, ...]  # names that `sample` accepts; the first is the default
+
+  def init(self, key: Key, d: int) -> Any:
+    """Parameters for vectors of d dimensions; shapes may depend on options, not on the examples."""
+    ...
+
+  def loss(self, params: Any, key: Key, u: Array) -> Array:
+    """[n, d] -> what is minimised, per example [n]; in nats if `exact`."""
+    ...
+
+  def sample(self, params: Any, key: Key, n: int, d: int, sampler: str, temperature: float) -> Array:
+    """[n, d]."""
+    ...
+
+  def log_prob(self, params: Any, u: Array) -> Array:
+    """[n, d] -> nats, [n]; only if `exact`."""
+    ...
+
+  def evaluations(self, sampler: str) -> float:
+    """Network evaluations that one sample takes."""
+    ...
+
+
 # ---------------------------------------------------------------------------------------------- methods
 
 
@@ -215,6 +245,7 @@ class Stage:
   # closed-form stages: (variables, iterable over the preprocessed training batches, key) -> variables; steps is 0
   ema: Mapping[str, float] = dataclasses.field(default_factory=dict)  # {parameter group: decay}
   best: str | None = None  # validation metric (lower is better) that picks the step whose weights the stage hands on
+  patience_steps: int = 0  # the stage ends when the metric has not been better for so many steps; 0: only at its last
 
 
 Recipe = tuple[Stage, ...]

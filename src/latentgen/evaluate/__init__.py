@@ -16,11 +16,12 @@ from typing import Any
 import threadpoolctl  # comes with scikit-learn
 
 from latentgen.errors import UserError
-from latentgen.evaluate.base import Findings, Picture, Result, Subject, check_count, named_key, near, require
-from latentgen.evaluate.writing import write_pictures, write_results
+from latentgen.evaluate.base import Findings, Picture, Result, Subject, Table, check_count, named_key, near, require
+from latentgen.evaluate.writing import write_pictures, write_results, write_tables
 
 __all__ = [
-  'Findings', 'Picture', 'Result', 'Subject', 'check_subject', 'check_tasks', 'run_all', 'write_pictures', 'write_results'
+  'Findings', 'Picture', 'Result', 'Subject', 'Table', 'check_subject', 'check_tasks', 'run_all', 'write_pictures',
+  'write_results', 'write_tables',
 ]  # fmt: skip
 
 _NO_TASK = ('base', 'charts', 'features', 'grids', 'outliers', 'report', 'statistics', 'writing')  # the other modules here

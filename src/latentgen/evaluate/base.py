@@ -42,11 +42,23 @@ class Picture:
 
 
 @dataclasses.dataclass
+class Table:
+  """A table to be written and shown: texts by row and column, some of them set in bold. It may hold what a clock decides."""
+
+  columns: Sequence[str]
+  rows: Sequence[Sequence[str]]
+  title: str
+  caption: str = ''
+  bold: frozenset[tuple[int, int]] = frozenset()  # (row, column)
+
+
+@dataclasses.dataclass
 class Findings:
-  """What a task found out, by name. Names are unique over all tasks of a run."""
+  """What a task found out, by name. Names are unique over all tasks of a run; `results` holds nothing that a clock decides."""
 
   results: dict[str, Result] = dataclasses.field(default_factory=dict)
   images: dict[str, Picture] = dataclasses.field(default_factory=dict)
+  tables: dict[str, Table] = dataclasses.field(default_factory=dict)
 
   def merge(self, other: 'Findings') -> None:
     """Takes over everything in `other`.
@@ -54,7 +66,7 @@ class Findings:
     Raises:
       ValueError: if a name is taken already.
     """
-    for mine, theirs in ((self.results, other.results), (self.images, other.images)):
+    for mine, theirs in ((self.results, other.results), (self.images, other.images), (self.tables, other.tables)):
       twice = sorted(mine.keys() & theirs.keys())
       if twice:
         raise ValueError(f'two evaluation tasks report the same name: {twice}')
@@ -74,6 +86,8 @@ class Subject:
     key: typed PRNG key; everything random below follows from it.
     batch_size: examples in one device batch.
     put: host batch -> device arrays (a sharding, where there are several devices).
+    stages: {stage of the recipe: the same about that stage}, loaded when called.
+    seconds: {stage: how long it was trained}.
   """
 
   method: Any
@@ -83,6 +97,8 @@ class Subject:
   key: jax.Array
   batch_size: int = 128
   put: Callable[[Tree], Tree] = jax.device_put
+  stages: Mapping[str, Callable[[], 'Subject']] = dataclasses.field(default_factory=dict)
+  seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 # ---------------------------------------------------------------------------------------------- options
@@ -127,9 +143,12 @@ def hook(subject: Subject, task: str, name: str) -> Callable[..., Any]:
 
 
 def require(method: Any, task: str, names: Sequence[str]) -> None:
-  """Refuses a task whose method lacks one of these functions; 'density' is there unless a method denies it."""
+  """Refuses a task whose method lacks one of these functions; 'density' is there unless a method denies it.
+
+  A name may be several, joined by ' or ', of which one is enough.
+  """
   for name in names:
-    if not getattr(method, name, name == 'density'):
+    if not any(getattr(method, one, one == 'density') for one in name.split(' or ')):
       kind = type(method).__name__
       raise UserError(f'config.evaluate.tasks: {task!r} needs a method with {name!r}, and {kind} has none; leave it out')
 

@@ -65,24 +65,8 @@ def run(
   ):  # fmt: skip
     check_count(f'{where}.{name}', value, least)
   names = chosen_samplers(subject, 'frechet', samplers)
-  train, train_labels = features.grey_images(subject, 'frechet', 'train', train_limit)
-  test, labels = features.grey_images(subject, 'frechet', split, limit)
+  kind, embed, test, train, results = space(subject, 'frechet', split, limit, train_limit, steps, components, 2 * blocks)
   n = len(test)
-  check_count(f'{where}.limit (images found)', n, least=2 * blocks)
-  known = train_labels >= 0
-  classes = subject.data['train'].num_classes if known.any() else 0
-  results: dict[str, Result] = {}
-  if classes:
-    kind = 'small_classifier'
-    weights = features.classifier(train[known], train_labels[known], classes, named_key(subject.key, kind), steps=steps)
-    results['small_classifier/accuracy'] = average(features.accuracy(weights, test, labels), 'fraction')
-
-    def embed(images):
-      return np.asarray(features.penultimate(weights, images), np.float64)
-  else:
-    kind = 'pca'
-    embed = features.components(train, components, seed_of(named_key(subject.key, kind)))
-
   reference = embed(test)
   rows = np.random.default_rng(seed_of(named_key(subject.key, 'real'))).permutation(len(train))[:n]
   clouds = {'real': embed(train[rows])}
@@ -96,3 +80,33 @@ def run(
     kernel = kernel_distance(cloud, reference, blocks, seed)
     results[f'kernel_{kind}/{name}'] = Result(kernel.value, 'squared MMD', n, kernel.stderr)
   return Findings(results)
+
+
+def space(
+  subject: Subject, task: str, split: str, limit: int | None, train_limit: int | None, steps: int, components: int, least: int
+):
+  """Trains the features.
+
+  Args:
+    subject: what is evaluated.
+    task: its name, for messages.
+    split: the reference, as `limit` and the others in `run`.
+    least: how many reference images there must be.
+
+  Returns:
+    (their name, images -> float64 [n, d], reference images, training images, {name: Result} about the features).
+  """
+  train, train_labels = features.grey_images(subject, task, 'train', train_limit)
+  test, labels = features.grey_images(subject, task, split, limit)
+  check_count(f'config.evaluate.{task}.limit (images found)', len(test), least)
+  known = train_labels >= 0
+  classes = subject.data['train'].num_classes if known.any() else 0
+  if not classes:
+    return 'pca', features.components(train, components, seed_of(named_key(subject.key, 'pca'))), test, train, {}
+  kind = 'small_classifier'
+  weights = features.classifier(train[known], train_labels[known], classes, named_key(subject.key, kind), steps=steps)
+
+  def embed(images):
+    return np.asarray(features.penultimate(weights, images), np.float64)
+
+  return kind, embed, test, train, {f'{kind}/accuracy': average(features.accuracy(weights, test, labels), 'fraction')}

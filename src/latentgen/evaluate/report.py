@@ -15,7 +15,7 @@ import jinja2
 from PIL import Image
 
 from latentgen.evaluate import charts
-from latentgen.evaluate.base import Result
+from latentgen.evaluate.base import Result, Table
 from latentgen.evaluate.writing import as_json, natural, replace_file
 
 META = ('experiment', 'variant', 'overrides', 'seed', 'mesh', 'data', 'versions')  # of config.json, beside the config
@@ -33,6 +33,7 @@ def write(
   metrics: Iterable[Mapping[str, Any]],
   paper: Sequence[Mapping[str, Any]] = (),
   command: str = '',
+  tables: Iterable[Table] = (),
 ) -> pathlib.Path:
   """Writes `report.html` into a work directory.
 
@@ -47,6 +48,7 @@ def write(
     metrics: rows of metrics.jsonl: {'step', 'stage', 'split', name: number ...}.
     paper: the paper's numbers, rows {'name', 'paper', 'ours': a name in results, or a list of such names, 'note'}.
     command: what repeats the run.
+    tables: shown above what ran.
 
   Returns:
     Path of the page.
@@ -72,6 +74,7 @@ def write(
     groups=grouped(results),
     paper=[beside(row, results) for row in paper],
     command=command,
+    tables=list(tables),
   )
   path = workdir / 'report.html'
   replace_file(path, page.encode())

@@ -111,6 +111,40 @@ def kernel_distance(x: np.ndarray, y: np.ndarray, blocks: int, seed: int) -> Est
   return Estimate(float(found.mean()), float(found.std(ddof=1) / math.sqrt(blocks)))
 
 
+class Coverage(NamedTuple):
+  """Shares of samples and of real points that lie near one another, each in [0, 1] but density, which has mean 1 at equality."""
+
+  precision: float
+  recall: float
+  density: float
+  coverage: float
+
+
+def coverage(real: np.ndarray, fake: np.ndarray, neighbours: int = 5) -> Coverage:
+  """How samples cover real points, by balls around each point that reach its k-th nearest neighbour of the same cloud.
+
+  precision: share of samples in some real ball; recall: share of real points in some sample's ball; density: real balls that hold
+  a sample, averaged, over k; coverage: share of real balls with a sample in them.
+
+  Args:
+    real: [n, d].
+    fake: [m, d].
+    neighbours: k.
+
+  References:
+    T. Kynkäänniemi et al., Improved precision and recall metric for assessing generative models, 2019, arXiv 1904.06991.
+    M. F. Naeem et al., Reliable fidelity and diversity metrics for generative models, 2020, arXiv 2002.09797, equations 2-4.
+  """
+  from scipy.spatial.distance import cdist
+
+  reach = lambda a: np.sort(cdist(a, a), 1)[:, min(neighbours, len(a) - 1)]  # the nearest of all is the point itself
+  between = cdist(real, fake)
+  in_real = between <= reach(real)[:, None]
+  in_fake = between <= reach(fake)
+  density = in_real.sum(0).mean() / neighbours
+  return Coverage(*map(float, (in_real.any(0).mean(), in_fake.any(1).mean(), density, in_real.any(1).mean())))
+
+
 def _discrepancy(x: np.ndarray, y: np.ndarray) -> float:
   def kernel(a, b):
     inner = a @ b.T / a.shape[1] + 1

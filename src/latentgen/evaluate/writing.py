@@ -1,6 +1,7 @@
-"""Results to JSON and pictures to PNG: written whole or not at all, the same bytes for the same findings."""
+"""Results to JSON, pictures to PNG, tables to CSV: written whole or not at all, the same bytes for the same findings."""
 
 from collections.abc import Mapping
+import csv
 import io
 import json
 import math
@@ -11,7 +12,7 @@ import re
 import numpy as np
 from PIL import Image
 
-from latentgen.evaluate.base import Picture, Result
+from latentgen.evaluate.base import Picture, Result, Table
 
 
 def as_json(results: Mapping[str, Result]) -> dict[str, dict]:
@@ -64,6 +65,14 @@ def write_pictures(folder: str | os.PathLike, images: Mapping[str, Picture]) -> 
     replace_file(path, png(picture.array))
     listed.append({'title': picture.title, 'caption': picture.caption, 'path': str(path)})
   return listed
+
+
+def write_tables(folder: str | os.PathLike, tables: Mapping[str, Table]) -> None:
+  """Writes every table as `<folder>/<name>.csv`."""
+  for name, table in tables.items():
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator='\n').writerows([table.columns, *table.rows])
+    replace_file(pathlib.Path(folder) / f'{name.replace("/", "-")}.csv', buffer.getvalue().encode())
 
 
 def png(array: np.ndarray) -> bytes:

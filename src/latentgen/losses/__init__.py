@@ -13,6 +13,7 @@ from latentgen.losses.bounds import (
   miwae,
 )
 from latentgen.losses.cauchy_schwarz import cauchy_schwarz
+from latentgen.losses.diffusion import diffusion_cross_entropy
 from latentgen.losses.estimators import doubly_reparameterised, sticking_the_landing
 from latentgen.losses.kl import free_bits, kl_balance, residual_kl
 from latentgen.losses.likelihood import gaussian_nll, optimal_scale
@@ -26,6 +27,7 @@ __all__ = [
   'ciwae',
   'cubo',
   'denoising_score_matching',
+  'diffusion_cross_entropy',
   'discriminator',
   'doubly_reparameterised',
   'effective_sample_size',

@@ -58,7 +58,7 @@ class LatentMethod(Base):
     return {'params': nets.groups(found['params']), 'stats': {g: tree for g, tree in stats.items() if tree}}
 
   def _apply(self, params: Params, stats: Any, key: Key, method: str, *args, train: bool = False, **kwargs):
-    variables = {'params': nets.ungroup({g: params[g] for g in NET_GROUPS})}
+    variables = {'params': nets.ungroup({g: params[g] for g in NET_GROUPS if g in params})}
     if running := {g: stats[g] for g in NET_GROUPS if g in stats}:
       variables['batch_stats'] = nets.ungroup(running)
     mutable = ['batch_stats'] if train else []
@@ -108,6 +108,11 @@ class LatentMethod(Base):
   def sample(self, variables: Variables, key: Key, n: int, sampler: str | None = None, temperature: float = 1.0) -> Array:
     """[n, h, w, c] decoder means."""
     return self.simulate(variables, key, n, sampler, temperature).px.mean[0]
+
+  def evaluations(self, sampler: str) -> float:
+    """Evaluations of the prior's networks that one sample takes; a gradient counts as one."""
+    del sampler
+    return 0.0
 
   def readjust(self, variables: Variables, key: Key, temperature: float, batches: int = 500, n: int = 16) -> Variables:
     """BatchNorm statistics of prior samples at a temperature, in place of those of training images.

@@ -54,6 +54,7 @@ class MixturePrior(LatentMethod):
     classes: number of classes; 0 does without labels.
     alpha: weight of the labels' log-probability.
     defensive: share of prior samples in the proposal of importance-weighted likelihoods.
+    frozen: moves the prior alone; encoder and decoder come from an earlier stage.
   """
 
   prior: mixtures.Mixture = mixtures.Mixture()
@@ -70,6 +71,7 @@ class MixturePrior(LatentMethod):
   classes: int = 0
   alpha: float = 1.0
   defensive: float = 0.0
+  frozen: bool = False
   samplers = ('mixture',)
 
   # -------------------------------------------------------------------------------------------- state
@@ -145,7 +147,7 @@ class MixturePrior(LatentMethod):
 
   def updates(self) -> tuple[Update, ...]:
     learned = ('prior',) if self.prior.movable or self.prior.learned_weights else ()
-    return (Update('vae', ('encoder', 'decoder', *learned), self.loss),)
+    return (Update('prior', learned, self.loss) if self.frozen else Update('vae', ('encoder', 'decoder', *learned), self.loss),)
 
   def divergence(self, trace: Trace, q: Normal, p: GaussianMixture) -> Array:
     """D of every image, [b]."""
@@ -316,6 +318,8 @@ def build(
       raise UserError(f'method.{name} is {getattr(method, name)}, need a share between 0 and 1')
   if not 0 <= method.defensive < 1:
     raise UserError(f'method.defensive is {method.defensive}, need at least 0 and less than 1')
+  if method.frozen and not (mixture.movable or mixture.learned_weights):
+    raise UserError(f'method.frozen: there is nothing to train in a {mixture.mode!r} prior with fixed weights')
   if method.classes and mixture.components % method.classes:
     raise UserError(f'method.components is {mixture.components}, need a multiple of method.classes = {method.classes}')
   return method

@@ -112,6 +112,10 @@ class NCE(LatentMethod):
     kl = None if trace.kl is None else jax.tree.map(jnp.subtract, trace.kl, tilt)
     return trace.replace(log_p=log_p, kl=kl)
 
+  def evaluations(self, sampler: str) -> float:
+    """Of each group's critic."""
+    return {'sir': self.proposals, 'langevin': self.langevin_steps, 'base': 0}[sampler]
+
   def chooser(self, variables: Variables, sampler: str, temperature: float) -> Choose:
     critic = variables['params']['critic']
     if sampler == 'sir':

@@ -43,7 +43,8 @@ def langevin(log_density: Callable[[Any], Float[Array, ' n']]) -> Langevin:
 
   Returns:
     `init(position) -> state`, `step(key, state, step_size) -> (state, info)` and
-    `run(key, state, step_size, steps) -> (state, info)` with `info` stacked, [steps, n]. `step_size` is eta.
+    `run(key, state, step_size, steps) -> (state, info)` with `info` stacked, [steps, n]. `step_size` is eta. A key is one
+    for all chains, or an array [n] of one for each: then a chain does not depend on which others there are.
 
   References:
     Roberts, Tweedie, "Exponential convergence of Langevin distributions and their discrete approximations", 1996.
@@ -60,10 +61,12 @@ def langevin(log_density: Callable[[Any], Float[Array, ' n']]) -> Langevin:
 
   def step(key: Array, state: LangevinState, step_size: ScalarLike) -> tuple[LangevinState, LangevinInfo]:
     leaves, treedef = jax.tree.flatten(state.position)
-    keys = jax.tree.unflatten(treedef, list(jax.random.split(key, len(leaves))))
+    split = jnp.moveaxis(_each(lambda k: jax.random.split(k, len(leaves)))(key), -1, 0)
+    keys = jax.tree.unflatten(treedef, list(split))
 
     def move(z: Array, grad: Array, leaf_key: Array) -> Array:
-      noise = jax.random.normal(leaf_key, z.shape, z.dtype)
+      shape = z.shape[leaf_key.ndim :]
+      noise = _each(lambda k: jax.random.normal(k, shape, z.dtype))(leaf_key)
       return (z + 0.5 * step_size * grad + jnp.sqrt(step_size) * noise).astype(z.dtype)
 
     position = jax.tree.map(move, state.position, state.grad, keys)
@@ -73,11 +76,16 @@ def langevin(log_density: Callable[[Any], Float[Array, ' n']]) -> Langevin:
     key: Array, state: LangevinState, step_size: ScalarLike, steps: int
   ) -> tuple[LangevinState, LangevinInfo]:
     def body(carry: LangevinState, index: Array) -> tuple[LangevinState, LangevinInfo]:
-      return step(jax.random.fold_in(key, index), carry, step_size)
+      return step(_each(lambda k: jax.random.fold_in(k, index))(key), carry, step_size)
 
     return jax.lax.scan(body, state, jnp.arange(steps))
 
   return Langevin(init, step, run)
+
+
+def _each(function: Callable[[Array], Any]) -> Callable[[Array], Any]:
+  """The function of a key, for one key or an array of them."""
+  return lambda key: jax.vmap(function)(key) if key.ndim else function(key)
 
 
 def _norm(tree: Any) -> Array:

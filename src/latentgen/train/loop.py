@@ -14,7 +14,7 @@ from latentgen.data import pipeline
 from latentgen.errors import TrainingDiverged, UserError
 from latentgen.train import check, keys, sharding, step as stepping
 from latentgen.train.checkpoint import Checkpoints
-from latentgen.train.writers import Metrics, StageProgress, say
+from latentgen.train.writers import Clock, Metrics, StageProgress, say
 from latentgen.types import Recipe, Stage, TrainState, Variables
 
 
@@ -99,7 +99,17 @@ def load_variables(run: Run, stage: Stage) -> Variables:
 
 
 def finished(run: Run, stage: Stage) -> bool:
-  return run.checkpoints(stage).latest() == stage.steps
+  store = run.checkpoints(stage)
+  done = store.latest() == stage.steps or _waited(stage, store)
+  store.close()
+  return done
+
+
+def _waited(stage: Stage, store: Checkpoints) -> bool:
+  """Whether the stage's metric has not been better for as long as the stage has patience."""
+  if not stage.patience_steps or store.latest() is None:
+    return False
+  return store.latest() - store.chosen() >= stage.patience_steps
 
 
 def train(run: Run) -> None:
@@ -161,12 +171,12 @@ def _train_stage(run: Run, index: int, metrics: Metrics) -> None:
   for line in sharding.describe(abstract.params, jax.tree.map(lambda a: a.sharding, abstract.params)):
     say(f'{stage.name}: parameters {line}')
   iterator = run.iterator(stage)
-  step = store.latest() or 0
-  if step:
+  clock, step = Clock(run.workdir), store.latest()
+  if step is not None:
     state = store.restore(step, abstract, iterator)
     say(f'{stage.name}: resuming from step {step}')
   else:
-    state = _initial(run, stage, abstract)
+    state, step = _initial(run, stage, abstract), 0
   metrics.rewind([s.name for s in run.recipe], stage.name, step)
 
   function, terms = stepping.make_step(stage, run.preprocess)
@@ -174,6 +184,10 @@ def _train_stage(run: Run, index: int, metrics: Metrics) -> None:
   out = (jax.tree.map(lambda a: a.sharding, abstract), whole, whole)
   compiled = jax.jit(function, donate_argnums=(0, 1), out_shardings=out)
   validate = _validator(run, stage) if stage.best else None
+  if validate and store.latest() is None:  # where a stage starts may be the best of it
+    scores = validate(state)
+    metrics.write(stage.name, 0, scores, split='valid')
+    store.save(0, state, iterator, scores)
   # Made under jit, as several processes can only make what spans them all together.
   start = jax.jit(lambda key: (keys.named(key, stage.name), stepping.healthy()), out_shardings=whole)
   key, health = start(run.root)
@@ -204,6 +218,12 @@ def _train_stage(run: Run, index: int, metrics: Metrics) -> None:
           if scores:
             metrics.write(stage.name, step, scores, split='valid')
           store.save(step, state, iterator, scores)
+          clock.add(stage.name)
+          if stage.patience_steps and not last:
+            store.wait()
+            if _waited(stage, store):
+              say(f'{stage.name}: {stage.best} was best at step {store.chosen()}; stopping at {step}')
+              break
   finally:
     progress.close()
     store.wait()
@@ -248,7 +268,7 @@ def _validator(run: Run, stage: Stage) -> Callable[[TrainState], dict[str, float
 
 def _fit(run: Run, index: int, metrics: Metrics) -> None:
   """A stage in closed form."""
-  stage, abstract = run.recipe[index], run.abstract(run.recipe[index])
+  stage, abstract, clock = run.recipe[index], run.abstract(run.recipe[index]), Clock(run.workdir)
   say(f'[{index + 1}/{len(run.recipe)}] {stage.name}: fitting')
   metrics.rewind([s.name for s in run.recipe], stage.name, -1)
   state = _initial(run, stage, abstract)
@@ -270,3 +290,4 @@ def _fit(run: Run, index: int, metrics: Metrics) -> None:
   store = run.checkpoints(stage)
   store.save(0, state, None)
   store.close()
+  clock.add(stage.name)

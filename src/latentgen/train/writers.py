@@ -79,6 +79,33 @@ class Metrics:
       writer.close()
 
 
+class Clock:
+  """seconds.json: how long each stage has trained, first compilation included, over all starts of a run up to their last save.
+
+  Args:
+    workdir: the run's directory.
+  """
+
+  def __init__(self, workdir: pathlib.Path):
+    self._path = workdir / 'seconds.json'
+    self._last = time.perf_counter()
+
+  @property
+  def seconds(self) -> dict[str, float]:
+    return json.loads(self._path.read_text()) if self._path.exists() else {}
+
+  def add(self, stage: str) -> None:
+    """Adds the time since the last call, or since the clock was made."""
+    now = time.perf_counter()
+    seconds = self.seconds
+    seconds[stage] = round(seconds.get(stage, 0.0) + now - self._last, 3)
+    self._last = now
+    if jax.process_index() == 0:
+      partial = self._path.with_suffix('.tmp')
+      partial.write_text(json.dumps(seconds, indent=2) + '\n')
+      partial.replace(self._path)
+
+
 class StageProgress:
   """One stage on the console: a live bar on a terminal, a line per log step elsewhere."""
 
