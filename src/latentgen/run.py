@@ -132,7 +132,7 @@ def sample(command: Command) -> None:
   size = min(flags.num, target.batch_size)
   draw = jax.jit(lambda v, key: target.method.sample(v, key, size, sampler, flags.temperature))
   variables, key = target.variables, keys.named(target.key, 'sample')
-  if flags.temperature != 1.0:
+  if flags.temperature != 1.0 and hasattr(target.method, 'readjust'):
     variables = jax.jit(target.method.readjust, static_argnums=2)(variables, keys.named(key, 'readjust'), flags.temperature)
   count = -(-flags.num // size)
   images = np.concatenate([np.asarray(draw(variables, jax.random.fold_in(key, i))) for i in range(count)])[: flags.num]

@@ -175,6 +175,10 @@ class Method(Protocol):
   """A training dynamics as pure functions. `order` says whether all updates see the same parameters or the newest.
 
   `methods.base.Base` gives the defaults. `variables` is {'params', 'stats'} with EMA weights where a stage keeps them.
+
+  Optional, and traceable:
+    inpaint(variables, x [b, h, w, c], mask, key) -> images [b, h, w, c] whose pixels are drawn anew where the mask, which
+      broadcasts to x, is 0, given those where it is 1.
   """
 
   order: Literal['simultaneous', 'sequential']

@@ -19,7 +19,7 @@ from latentgen.losses.kl import free_bits, kl_balance, residual_kl
 from latentgen.losses.likelihood import gaussian_nll, optimal_scale
 from latentgen.losses.nce import nce
 from latentgen.losses.schedules import kl_warmup, log_interpolate
-from latentgen.losses.score import denoising_score_matching, sliced_score_matching
+from latentgen.losses.score import denoising_score_matching, noisy_sliced_score_matching, sliced_score_matching
 
 __all__ = [
   'RunningLogMeanExp',
@@ -43,6 +43,7 @@ __all__ = [
   'log_mean_exp',
   'miwae',
   'nce',
+  'noisy_sliced_score_matching',
   'optimal_scale',
   'r1',
   'residual_kl',
