@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from latentgen import config as configs
-from latentgen.train import check, keys, loop, step as stepping
+from latentgen.train import check, checkpoint, keys, loop, step as stepping
 
 EXPERIMENTS = sorted((pathlib.Path(__file__).parents[1] / 'experiments').glob('*.py'))
 
@@ -37,7 +37,7 @@ CASES = list(cases())
 
 @functools.cache
 def two_steps(path, name):
-  """(stage, states after 0, 1 and 2 steps, metrics of each step, number of traces)."""
+  """(stage, states after 0, 1 and 2 steps, metrics of each step, number of traces, the step, the data iterator after 1)."""
   run = build(path)[2]
   stage = next(s for s in run.recipe if s.name == name)
   function, _ = stepping.make_step(stage, run.preprocess)
@@ -48,28 +48,47 @@ def two_steps(path, name):
     return function(*args)
 
   step = jax.jit(counted)
-  batches = iter(run.iterator(stage))
+  batches = run.iterator(stage)
   state = jax.jit(functools.partial(stepping.init_state, stage, run.preprocess))(run.root, next(run.iterator(stage)))
   states, found, health = [state], [], stepping.healthy()
-  for _ in range(2):
+  for i in range(2):
+    position = batches.get_state()
     state, health, metrics = step(state, health, keys.root(0), next(batches))
     states.append(state)
     found.append(jax.device_get(metrics))
-  return stage, states, found, len(traces)
+  return stage, states, found, len(traces), step, position
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('path, name', CASES)
 def test_two_steps_are_finite_and_traced_once(path, name):
-  _, _, metrics, traces = two_steps(path, name)
+  _, _, metrics, traces, *_ = two_steps(path, name)
   assert all(np.isfinite(v) for found in metrics for v in found.values())
   assert traces == 1
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('path, name', CASES)
+def test_a_step_after_a_checkpoint_is_the_step_without_it_to_the_bit(path, name, tmp_path):
+  """Parameters, statistics, chains, every optimiser and average come back, and the data go on where they were."""
+  run = build(path)[2]
+  stage, states, _, _, step, position = two_steps(path, name)
+  before = run.iterator(stage)
+  before.set_state(position)
+  store = checkpoint.Checkpoints(tmp_path)
+  store.save(1, states[1], before)
+  store.close()
+  again = run.iterator(stage)
+  shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), states[1])
+  restored = checkpoint.Checkpoints(tmp_path).restore(1, shapes, again)
+  state, _, _ = step(restored, stepping.healthy(), keys.root(0), next(again))
+  jax.tree.map(np.testing.assert_array_equal, state, states[2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('path, name', CASES)
 def test_named_groups_move_and_no_others(path, name):
-  stage, states, _, _ = two_steps(path, name)
+  stage, states, *_ = two_steps(path, name)
   moving = {g for u in stage.method.updates() for g in u.wrt}
   for group in states[0].params:
     same = jax.tree.map(lambda a, b: bool((a == b).all()), states[0].params[group], states[2].params[group])
@@ -83,7 +102,7 @@ def test_named_groups_move_and_no_others(path, name):
 @pytest.mark.parametrize('path, name', CASES)
 def test_samples_have_the_images_shape_and_range(path, name):
   run = build(path)[2]
-  stage, states, _, _ = two_steps(path, name)
+  stage, states, *_ = two_steps(path, name)
   variables = stepping.evaluation_variables(states[2])
   for sampler in stage.method.samplers:
     images = jax.jit(lambda v, key, s=sampler: stage.method.sample(v, key, 3, s))(variables, jax.random.key(1))

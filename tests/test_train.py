@@ -164,8 +164,41 @@ def test_best_step_by_validation_is_handed_on(tmp_path):
   np.testing.assert_allclose(loop.load_variables(run, run.recipe[0])['params']['a'], (1 - RATE) ** 6, rtol=1e-5)
   rows = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
   valid = {r['step']: r['distance'] for r in rows if r['split'] == 'valid'}
-  assert min(valid, key=valid.get) == 6 and len(valid) == 10
+  assert min(valid, key=valid.get) == 6 and len(valid) == 11  # the start counts
   assert {int(p.name) for p in (tmp_path / 'checkpoints' / 'first').iterdir()} == {6, 18, 20}
+
+
+def test_where_a_stage_starts_may_be_the_best_of_it(tmp_path):
+  run = make_run(tmp_path, stage((quadratic('u', ('a', 'b'), lambda p: 5.0),), steps=6, best='distance'))
+  loop.train(run)
+  assert loop.load_variables(run, run.recipe[0])['params']['a'] == 1.0
+
+
+def test_patience_ends_a_stage_for_good(tmp_path):
+  def build():
+    first = stage((quadratic('u', ('a', 'b'), lambda p: 0.0),), steps=100, best='distance', patience_steps=4)
+    return make_run(tmp_path, first, stage((quadratic('u', ('b',), lambda p: p['a']),), name='second', steps=2, load={'a': 'first'}))
+
+  run = build()
+  loop.train(run)
+  np.testing.assert_allclose(loop.load_variables(run, run.recipe[1])['params']['a'], (1 - RATE) ** 6, rtol=1e-5)
+  assert run.checkpoints(run.recipe[0]).latest() == 10  # best at 6, looked at every 2 steps
+  before = (tmp_path / 'metrics.jsonl').read_text()
+  assert all(loop.finished(build(), s) for s in run.recipe)
+  loop.train(build())
+  assert (tmp_path / 'metrics.jsonl').read_text() == before
+  assert set(json.loads((tmp_path / 'seconds.json').read_text())) == {'first', 'second'}
+
+
+def test_a_stage_cut_short_before_its_patience_is_over_goes_on(tmp_path):
+  first = stage((quadratic('u', ('a', 'b'), lambda p: 0.0),), steps=8, best='distance', patience_steps=4)
+  run = make_run(tmp_path, first)
+  loop.train(run)
+  assert run.checkpoints(first).latest() == 8 and not loop._waited(first, run.checkpoints(first))
+  more = make_run(tmp_path, dataclasses.replace(first, steps=20))
+  assert not loop.finished(more, more.recipe[0])
+  loop.train(more)
+  assert more.checkpoints(first).latest() == 10
 
 
 def noisy(groups=('a', 'b')):

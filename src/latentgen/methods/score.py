@@ -124,8 +124,9 @@ class Score(Base):
     x = self._chains(variables, key, n, temperature=temperature, **options)
     return jnp.clip(x, 0.0, 1.0)
 
-  def evaluations(self, sampler: str) -> float:
+  def evaluations(self, variables: Variables, sampler: str) -> float:
     """Evaluations of the network that one sample takes."""
+    del variables
     return float(self.langevin_steps * self.net.levels + (sampler == 'denoised'))
 
   def inpaint(self, variables: Variables, x: Array, mask: Array, key: Key) -> Array:
