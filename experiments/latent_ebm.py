@@ -2,7 +2,7 @@
 
 Paper      Pang, Han, Nijkamp, Zhu, Wu, "Learning Latent Space Energy-Based Prior Model", NeurIPS 2020, arXiv 2006.08205.
 Command    python -m latentgen.main --config=experiments/latent_ebm.py
-Default    scikit-learn's 8x8 digits, 16 latent dimensions, MLPs; minutes on two CPU cores.
+Default    scikit-learn's 8x8 digits, 8 latent dimensions, MLPs; minutes on two CPU cores.
 Variants   :smoke (seconds)  :persistent (chains of the prior live on)  :two_stage (energy on a frozen VAE, its encoder's samples)
            :anomaly (digits 1 and 4 are held out and must be found)  :svhn  :celeba128 (published sizes)
 
@@ -12,6 +12,7 @@ then two updates read them at the same parameters: the energy's, E_posterior[f] 
 Deviations (paper / here / why):
   the network's output is the energy E / it is f = -E, p(z) ~ N(z; 0, I) exp(f(z)) / the sign of a log-ratio, as everywhere here
   step s of z + s^2/2 grad + s w / step_size = s^2, 0.16 and 0.01 for 0.4 and 0.1 / one convention for all Langevin dynamics here
+  20 posterior steps of s^2 = 0.01 / 40 of 0.02 on the digits / shorter chains stay near N(0, I) and leave little to learn
   images in [-1, 1], sigma 0.3 / images in [0, 1], sigma 0.15 / the same model
   loss of the generator |x - g(z)|^2 / -log p(x | z), constants included / Adam is invariant to the factor 1 / (2 sigma^2)
   rates decay by 0.998 an epoch / cosine / the same end
@@ -83,8 +84,9 @@ def get_config(variant: str = '') -> ConfigDict:
     config.image_shape = shape
     config.paper = tuple(PAPER.get(variant, ()))
     return config
-  config = base(dict(name='digits', batch_size=100), dict(latent=16, hidden=(128, 128)), 4000, (1e-4, 1e-3))
+  config = base(dict(name='digits', batch_size=100), dict(latent=8, hidden=(128, 128)), 4000, (2e-4, 1e-3))
   config.train.checkpoint_every_steps = 500
+  config.stages.ebm.method.update(posterior_steps=40, posterior_step_size=0.02)
   if variant == 'persistent':
     config.stages.ebm.method.chains = 1000
   elif variant == 'two_stage':

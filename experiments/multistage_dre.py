@@ -75,12 +75,10 @@ def get_config(variant: str = '') -> ConfigDict:
     config.paper = ({'svhn': PAPER[0], 'celeba64': PAPER[1]}[variant],)
     return chain(config, 4, 20_000, 50_000, 5000)
   config = latent_ebm.get_config('anomaly' if variant == 'anomaly' else '')
-  config.model.latent = 8
-  config.stages.ebm.method.update(posterior_steps=40, posterior_step_size=0.02)
   config.train.checkpoint_every_steps = 100
   if variant == 'frozen':
     return frozen(config, 1500, 400)
-  config = chain(config, 3, 1500, 1500, 400)
+  config = chain(config, 2 if variant == 'smoke' else 3, 1500, 1500, 400)
   if variant == 'smoke':
     config = nvae.smoke(config)
     for stage in config.stages.values():

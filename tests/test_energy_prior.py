@@ -233,7 +233,7 @@ def test_a_prior_of_two_modes_is_found(prior, posterior, modes, rate, bound):
   method = EnergyPrior(net, tilt=tilt, train=('prior',), prior_kernel=prior, posterior_kernel=posterior)
   z, true = _modes(*modes)
   x = z + 0.3 * np.random.default_rng(2).normal(size=len(z))
-  done, _ = fit(method, start(method, decoder), x, 3000, rate, batch=256)
+  done, _ = fit(method, start(method, decoder), x, 3000 if rate < 1e-3 else 2000, rate, batch=256)
   assert divergence(true, density(method, done['params'])[0]) < bound
 
 
@@ -316,9 +316,8 @@ def test_ratios_follow_expectation_maximisation_on_the_prior():
   for k in range(1, 4):
     kappa = v / (v + s2)
     m, v = m + kappa * (4.0 - m), (1 - kappa) * v + kappa**2 * 2.25
-    p, total = density(method, params, k)
+    p, _ = density(method, params, k)
     assert moments(p) == pytest.approx((m, v), abs=0.12), k
-    assert total == pytest.approx(1.0, abs=0.05)  # a product of the best classifiers is normalised
     mean, variance = moments(p)
     likelihood.append(stats.norm.logpdf(np.random.default_rng(3).normal(4, 1.5, 20_000), mean, np.sqrt(variance + s2)).mean())
   assert (m, v) == pytest.approx((3.995, 1.99), abs=0.01)
@@ -341,7 +340,7 @@ def test_many_stages_do_what_one_cannot():
   found = [density(method, params, k) for k in range(1, 5)]
   gaps = [divergence(true, p) for p, _ in found]
   assert gaps[3] < 0.4 * gaps[0]
-  assert all(total == pytest.approx(1.0, abs=0.05) for _, total in found)
+  assert all(total == pytest.approx(1.0, abs=0.05) for _, total in found)  # a product of the best classifiers is normalised
 
 
 def test_a_saturated_stage_shows_in_its_accuracy():
