@@ -12,6 +12,10 @@ Variants   :smoke (seconds)
 Stages as in experiments/pae.py. The task `manifold` reports log p(x) with respect to the surface with the reconstruction error beside
 it, and on the circle the total variation between angles of samples and of data.
 
+Measured with the default command (seed 0), total variation between angles of 10,000 samples and of 4,000 held-out points: one step
+0.124, two steps 0.052, at a mean distance of 0.023 and 0.004 from the circle; reconstruction error 0.016. Variants have not
+been run to their end.
+
 Deviations (paper / here / why):
   1,000 points on the circle / 4,000 / the histograms of held-out angles need as many
   100 epochs at rate 1e-3 / early stopping on held-out data in both steps / nothing to tune
