@@ -13,12 +13,22 @@ outliers have a low density at their code or a bad reconstruction; corrupted ima
 :fashion reads IDX files (train-images-idx3-ubyte.gz ...) from data/fashion_mnist and data/mnist, or from
 --config.data.path=DIR and --config.evaluate.anomaly.outliers.mnist.path=DIR.
 
+Measured with the default command (seed 0, 250 test digits; standard errors in brackets):
+  outliers, area under the ROC curve      noise           shuffled        inverted
+    by the density of the code            0.996 (0.001)   0.990 (0.003)   1.000
+    by the reconstruction, by the sum     1.000           1.000           1.000
+  a classifier tells samples from digits  AUROC 0.550 (0.018), chance 1/2
+  restoration, squared error a pixel      lower half unknown 0.043 (0.011) at the heaviest mode, 0.083 (0.006) for the mean image;
+                                          noise of deviation 0.3: 0.019 (0.002), 0.095 (0.003) before
+None of :fashion, :mnist and the other densities has been run to its end.
+
 Deviations (paper / here / why):
   a Gaussian prior weighs on the codes in the second half of the autoencoder's training / none / the flow fits any codes
   the noise's deviation of every pixel / one for all / fewer numbers to fit; restoration measures its own on held-out images
   spline, affine and shift layers with learned permutations / spline couplings, fixed permutations, a learned triangular map /
     the linear map has the tails
   10 dimensions, InfoGAN's networks, 500,000 steps of 16 (MNIST) / as the variants say / sizes for a CPU
+  the Hessian at a mode / Gauss-Newton's for the likelihood / where a search ends on a slope, the Hessian is not definite
   rotated copies of training images / none / the density is of the data as they are
 """
 

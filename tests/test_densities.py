@@ -429,3 +429,27 @@ def test_too_few_codes():
     gmm.build().fit(KEY, np.zeros((4, 2)))
   with pytest.raises(UserError, match='at least two codes'):
     kde.build().fit(KEY, np.zeros((1, 2)))
+
+
+def test_outliers_by_density_and_by_reconstruction_are_different_outliers():
+  """On the subspace but far out: only the density tells. Off the subspace with small codes: only the reconstruction."""
+  from sklearn.metrics import roc_auc_score
+
+  w, _, _ = linear_gaussian(2)
+  rng = np.random.default_rng(5)
+  n, noise = 500, lambda size: size * rng.normal(size=(500, 20))
+  inside = rng.normal(size=(n, 3)) @ w.T + noise(0.05)
+  far = rng.normal(size=(n, 3))
+  far = 6 * far / np.linalg.norm(far, axis=1, keepdims=True) @ w.T + noise(0.05)
+  off = 0.3 * rng.normal(size=(n, 3)) @ w.T + noise(0.5)
+  method, variables = with_prior(normal.build(standard=True), w)
+  run = jax.jit(lambda v, x: method.anomaly_scores(v, x, KEY))
+  scores = [run(variables, jnp.asarray(x, jnp.float32).reshape(n, 1, 20, 1)) for x in (inside, far, off)]
+  area = lambda i, name: roc_auc_score(np.repeat([0, 1], n), np.concatenate([scores[0][name], scores[i][name]]))
+  assert area(1, 'density') == 1 and abs(area(1, 'reconstruction') - 0.5) < 0.07
+  assert area(2, 'reconstruction') == 1 and area(2, 'density') < 0.3 and area(2, 'sum') == 1
+  want = -stats.norm.logpdf(inside @ w).sum(1)
+  np.testing.assert_allclose(scores[0]['density'], want, rtol=1e-4, atol=1e-3)
+  np.testing.assert_allclose(scores[0]['sum'], scores[0]['density'] + scores[0]['reconstruction'], rtol=1e-5)
+  bound, variables = with_prior(vae.build(width=4), w)
+  assert set(bound.anomaly_scores(variables, jnp.zeros((2, 1, 20, 1)), KEY)) == {'reconstruction'}

@@ -10,7 +10,7 @@ import numpy as np
 from latentgen.data.source import ArraySource
 from latentgen.errors import UserError, near
 
-KINDS = ('blobs', 'factors')
+KINDS = ('blobs', 'factors', 'circle')
 
 
 def load(
@@ -29,12 +29,14 @@ def load(
     around the circle in the first two dimensions; the label is the component.
   factors: x = W z + noise * u, z ~ N(0, I) with `components` dimensions, u ~ N(0, I), and W the first columns of a random
     orthogonal matrix times 4, 2, 1, 1/2 ...; no labels.
+  circle: (cos t, sin t, 0, ..), t ~ von Mises(0, 1), density exp(cos t) / (2 pi I_0(1)); without noise, so that the points fill one
+    dimension of `dims`; no labels.
 
   Args:
     kind: one of KINDS.
     dims: dimensions of x.
     components: components of the mixture, or factors.
-    noise: standard deviation.
+    noise: standard deviation; unused by the circle, as `components`.
     train: examples in the split; `valid` and `test` likewise.
     seed: of the draw.
 
@@ -60,6 +62,10 @@ def load(
     x = noise * rng.standard_normal((n, dims))
     x[:, 0] += 4 * np.cos(angle)
     x[:, 1] += 4 * np.sin(angle)
+  elif kind == 'circle':
+    labels, x = None, np.zeros((n, dims))
+    angle = rng.vonmises(0.0, 1.0, n)
+    x[:, 0], x[:, 1] = np.cos(angle), np.sin(angle)
   else:
     labels = None
     loadings = np.linalg.qr(rng.standard_normal((dims, dims)))[0][:, :components] * 4.0 * 0.5 ** np.arange(components)

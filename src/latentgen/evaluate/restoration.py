@@ -2,7 +2,8 @@
 
   log p(u | x) = log p(u) + sum over known pixels of log N(x; g(u), s^2 + noise^2) + const,
 
-g the decoder behind the density (a flow's base is N(0, I)), s the deviation of the model's own residuals on validation images.
+g the decoder behind the density (a flow's base is N(0, I)), s the deviation of the model's own residuals on validation images; by
+Gaussians at the modes, whose curvature is that of the prior and Gauss-Newton's of the likelihood.
 
 References:
   V. Böhm, U. Seljak, Probabilistic Autoencoder, 2022, arXiv 2006.05479, section 5.
@@ -31,6 +32,7 @@ from latentgen.evaluate.grids import beside, grid, interleave
 from latentgen.samplers.laplace import laplace_mixture
 
 NEEDS = ('starts', 'place', 'picture', 'exact')
+WIDEST = 2.0  # deviation of a posterior in any direction, where the prior itself has no maximum
 UNKNOWN = ('lower', 'right', 'centre', 'random')
 
 
@@ -149,7 +151,13 @@ def restorer(method, starts: int, steps: int, samples: int):
         log_px = jnp.where(known > 0, Normal(mean[0], deviation).log_prob(x), 0.0).sum()
         return log_prob[0] + weight * log_px
 
-      found = laplace_mixture(log_density, method.starts(variables, begin, starts), steps)
+      def curvature(u):
+        # Gauss-Newton, J^T J / deviation^2 for the likelihood: no direction is wider than the prior has it.
+        of_prior = -jax.hessian(lambda u: method.place(variables, u[None])[1][0])(u)
+        jacobian = jax.jacfwd(lambda u: (known * image(u[None])[0][0]).reshape(-1))(u)
+        return of_prior + jacobian.T @ jacobian / jnp.square(deviation)
+
+      found = laplace_mixture(log_density, method.starts(variables, begin, starts), steps, curvature, WIDEST**-2)
       drawn = image(found.sample(draw, samples))[0]
       best = image(found.loc[jnp.argmax(found.log_weights)][None])[0][0]
       components = (found.log_weights > -jnp.inf).sum()
