@@ -122,7 +122,7 @@ def smoke(config: ConfigDict) -> ConfigDict:
   config.data.batch_size = 8
   for stage in config.stages.values():
     stage.steps = min(stage.steps, 2)
-    for optim in stage.optim.values():
+    for optim in stage.get('optim', {}).values():
       optim.warmup_steps = 0
   config.train.update(log_every_steps=1, checkpoint_every_steps=1)
   config.evaluate.likelihood.update(samples=4, chunk=2, limit=8)

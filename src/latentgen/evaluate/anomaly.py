@@ -7,6 +7,9 @@ With the lowest k of the latents drawn from their conditional prior instead of t
 L^{>0} is the evidence lower bound, and L^{>K} of all K is E_{p(z)} log p(x|z). The score is the likelihood ratio
 LLR^{>k} = L^{>0} - L^{>k}: large where the details of an image have to be told, because its upper latents do not imply them.
 
+A method without a density of images may have scores of its own, `anomaly_scores(variables, x, key) -> {name: [b]}`, larger for what is
+more anomalous; the task compares these instead.
+
 References:
   L. Maaloe, M. Fraccaro, V. Lievin, O. Winther, BIVA: A very deep hierarchy of latent variables for generative modeling, 2019,
   arXiv 1902.02102.
@@ -43,7 +46,7 @@ from latentgen.losses import log_mean_exp
 
 LOWER, UNITS, COMBINE = ('sample', 'mode'), ('group', 'level'), ('log_mean_exp', 'mean')
 
-NEEDS = ('trace', 'density')
+NEEDS = ('trace or anomaly_scores', 'density or anomaly_scores')
 
 
 def run(
@@ -82,6 +85,8 @@ def run(
       anomaly/<set>/<score>/auroc, /auprc, /fpr80: outliers against the images in distribution, outliers being positive, by
         low elbo, low bound<k>, high llr<k>; fpr80 is the share of images in distribution that is taken for outliers when 80 %
         of the outliers are found. Chance is 1/2, the outliers' share, and 0.8.
+    For a method with `anomaly_scores` and no density of images, anomaly/<set>/<score> and the same three areas of its scores, in
+    place of the bounds, to which `samples`, `combine`, `lower` and `unit` belong.
     Pictures: histograms of the bounds and of the ratios, and the images that are hardest to tell apart.
 
   Raises:
@@ -95,19 +100,28 @@ def run(
   check_count(f'{where}.columns', columns)
   seed = seed_of(named_key(subject.key, 'outliers'))
   sources = sets.sources(subject.data, split, outliers, limit, seed)
-  score = bounds(subject.method, samples, combine, lower, unit)
+  own = not getattr(subject.method, 'density', True)
+  score = subject.method.anomaly_scores if own else bounds(subject.method, samples, combine, lower, unit)
   splits = {f'anomaly/{name}': source for name, source in sources.items()}
   subject = dataclasses.replace(subject, data={**subject.data, **splits})
-  found = {name: per_example(subject, 'anomaly', score, f'anomaly/{name}', axis=-1)['bounds'] for name in sources}
-  scores = {name: named_scores(values.astype(np.float64)) for name, values in found.items()}
+  found = {name: per_example(subject, 'anomaly', score, f'anomaly/{name}', axis=-1) for name in sources}
+  found = {name: jax.tree.map(lambda a: a.astype(np.float64), values) for name, values in found.items()}
+  scores = found if own else {name: named_scores(values['bounds']) for name, values in found.items()}
   findings = Findings()
   for name, mine in scores.items():
     for score_name, values in mine.items():
       findings.results[f'anomaly/{name}/{score_name}'] = average(values, 'nats')
       if name != NORMAL:
-        sign = 1 if score_name.startswith('llr') else -1
+        sign = 1 if own or score_name.startswith('llr') else -1
         told = detection(sign * values, sign * scores[NORMAL][score_name])
         findings.results |= {f'anomaly/{name}/{score_name}/{metric}': result for metric, result in told.items()}
+  names = list(scores[NORMAL])
+  if own:
+    findings.images['anomaly_scores'] = Picture(
+      _histograms(scores, names), 'Scores of outliers', 'Nats an image; high scores speak for an outlier. Outermost hundredths are cut.'
+    )
+    _extremes(findings, scores, sources, columns, names)
+    return findings
   _pictures(findings, scores, sources, columns, lower, unit)
   return findings
 
@@ -211,11 +225,16 @@ def _pictures(findings: Findings, scores: dict, sources: dict, columns: int, low
     f'Nats an image. elbo is L>0; k counts the lowest {unit}s, which are {drawn} the conditional prior instead of the '
     'posterior. Low bounds and high ratios speak for an outlier; outermost hundredths are cut off.',
   )
+  _extremes(findings, scores, sources, columns, ratios)
+
+
+def _extremes(findings: Findings, scores: dict, sources: dict, columns: int, ranked: Sequence[str]) -> None:
+  """The images that are hardest to tell apart by scores that are high for outliers, a row a score."""
   panels = {}
   for name, source in sources.items():
     rows = []
-    for ratio in ratios:
-      order = np.argsort(scores[name][ratio], kind='stable')
+    for score in ranked:
+      order = np.argsort(scores[name][score], kind='stable')
       rows.append((order[::-1] if name == NORMAL else order)[np.arange(columns) % len(order)])
     image = source.take(np.concatenate(rows))['image']
     image = image / 255 if image.dtype == np.uint8 else image
@@ -223,7 +242,7 @@ def _pictures(findings: Findings, scores: dict, sources: dict, columns: int, low
   findings.images['anomaly_extremes'] = Picture(
     beside(panels),
     'Hardest to tell apart',
-    f'Row k: images in distribution with the highest ratio L>0 - L>k, and outliers with the lowest, k = 1 to {len(ratios)}.',
+    f'A row a score ({", ".join(ranked)}): images in distribution for which it is highest, and outliers for which it is lowest.',
   )
 
 

@@ -143,9 +143,12 @@ def hook(subject: Subject, task: str, name: str) -> Callable[..., Any]:
 
 
 def require(method: Any, task: str, names: Sequence[str]) -> None:
-  """Refuses a task whose method lacks one of these functions; 'density' is there unless a method denies it."""
+  """Refuses a task whose method lacks one of these functions; 'density' is there unless a method denies it.
+
+  A name may be several, joined by ' or ', of which one is enough.
+  """
   for name in names:
-    if not getattr(method, name, name == 'density'):
+    if not any(getattr(method, one, one == 'density') for one in name.split(' or ')):
       kind = type(method).__name__
       raise UserError(f'config.evaluate.tasks: {task!r} needs a method with {name!r}, and {kind} has none; leave it out')
 

@@ -16,6 +16,8 @@ import numpy as np
 
 from latentgen.errors import UserError
 from latentgen.methods.codes import CodesMethod, check_codes
+from latentgen.nets import convolution
+from latentgen.priors import coordinates
 from latentgen.types import Array, Aux, Batch, Context, Density, Key, LatentNet, Params, Update, Variables
 
 
@@ -42,6 +44,11 @@ class LatentDensity(CodesMethod):
   @property
   def density(self) -> bool:
     return self.prior.exact and self.codes == 'sample'
+
+  @property
+  def exact(self) -> bool:
+    """Whether the density of codes is known."""
+    return self.prior.exact
 
   def init(self, key: Key, batch: Batch) -> Variables:
     variables = super().init(key, batch)
@@ -86,6 +93,48 @@ class LatentDensity(CodesMethod):
     params = variables['params']
     u = self.prior.sample(params['prior'], key, n, d, sampler, temperature)
     return params['whitening']['loc'] + params['whitening']['scale'] * u if self.whiten else u
+
+  # -------------------------------------------------------------------------------------------- hooks of evaluation tasks
+
+  def starts(self, variables: Variables, key: Key, n: int) -> Array:
+    """n draws of the coordinates that `place` takes, [n, d]: a flow's base, else the density's own."""
+    d = self.coordinates(variables['params'], variables['stats']).size
+    if hasattr(self.prior, 'transform'):
+      return coordinates.standard(key, n, d)
+    return self.prior.sample(variables['params']['prior'], key, n, d, self.samplers[0], 1.0)
+
+  def place(self, variables: Variables, u: Array) -> tuple[Array, Array]:
+    """u [n, d] -> (noise coordinates [n, d], log-density of u in nats [n]); see `starts`. For exact densities."""
+    params = variables['params']
+    if hasattr(self.prior, 'transform'):
+      vectors, log_prob = self.prior.transform(params['prior'], u), coordinates.log_normal(u)
+    else:
+      vectors, log_prob = u, self.prior.log_prob(params['prior'], u)
+    if self.whiten:
+      vectors = params['whitening']['loc'] + params['whitening']['scale'] * vectors
+    return vectors, log_prob
+
+  def picture(self, variables: Variables, vectors: Array) -> Array:
+    """Decoder means at noise coordinates [n, d], [n, h, w, c]; has derivatives of any order, forwards and backwards."""
+    with convolution.implementation('native'):
+      return self.decode(variables['params'], variables['stats'], vectors)[0].px.mean[0]
+
+  def anomaly_scores(self, variables: Variables, x: Array, key: Key) -> dict[str, Array]:
+    """Scores of images x [b, h, w, c] in nats, [b], larger for what is more anomalous.
+
+    reconstruction: -log p(x | code); density: -log p(code), where the density is exact; sum: of both.
+
+    References:
+      Böhm and Seljak, "Probabilistic Autoencoder", 2022, arXiv 2006.05479, section 4 (the density alone).
+    """
+    code, noise = jax.random.split(key)
+    trace, _ = self.encode(variables['params'], variables['stats'], x, code)
+    scores = {'reconstruction': -trace.log_px[0]}
+    if self.prior.exact:
+      u = self.coordinates(variables['params'], variables['stats']).pack(trace.eps)[0]
+      scores['density'] = -self.log_prior(variables, u, noise)
+      scores['sum'] = scores['reconstruction'] + scores['density']
+    return scores
 
 
 @dataclasses.dataclass(frozen=True)

@@ -110,7 +110,7 @@ def make_step(stage: Stage, preprocess: Preprocess) -> tuple[Callable[..., Any],
     ema = {g: optax.incremental_update(params[g], state.ema[g], 1.0 - d) for g, d in decay.items()}
 
     terms[:] = list(metrics)
-    bad = ~jnp.isfinite(jnp.stack(list(metrics.values())))
+    bad = ~jnp.isfinite(jnp.stack([jnp.zeros(()), *metrics.values()])[len(metrics) > 0 :])  # a stage may have no updates
     first = bad.any() & (health['step'] < 0)
     health = {
       'step': jnp.where(first, state.step, health['step']),
