@@ -177,7 +177,7 @@ def test_samples_come_from_the_prior():
   drawn = jax.jit(lambda v: method.simulate(v, KEY, 5))(variables)
   key, _ = jax.random.split(KEY)
   np.testing.assert_allclose(drawn.z[0][0, 0], method.prior.sample(params['prior'], key, 5, 3, 'ode', 1.0), atol=2e-3)
-  assert method.samplers == ('ode', 'ancestral') and int(method.counted(variables, KEY, 4)) >= 20
+  assert method.samplers == ('ode', 'ancestral') and int(method.counted(variables, KEY, 4, 'ode')) >= 20
 
 
 @pytest.mark.slow

@@ -131,7 +131,7 @@ class Density(Protocol):
     ...
 
   def evaluations(self, sampler: str) -> float:
-    """Network evaluations that one sample takes."""
+    """Network evaluations that one sample takes; NaN where it depends, and `counted(...)` then counts, see priors.diffusion."""
     ...
 
 

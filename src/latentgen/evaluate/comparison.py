@@ -6,6 +6,7 @@ against the same held-out images; what it costs, by clock and by count.
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import math
 import statistics
 import time
 
@@ -118,7 +119,7 @@ def run(
     own = [tree for group, tree in mine.variables['params'].items() if group not in NETWORK]
     size = sum(int(leaf.size) for leaf in jax.tree.leaves(own))
     results[f'comparison/{name}/parameters'] = Result(size, 'parameters', 1)
-    results[f'comparison/{name}/evaluations'] = Result(float(mine.method.evaluations(sampler)), 'evaluations', 1)
+    results[f'comparison/{name}/evaluations'] = Result(_evaluations(mine, sampler, timed), 'evaluations', 1)
     clock[name, 'training'] = sum(subject.seconds.get(stage, 0.0) for stage in stages)
     clock[name, 'sampling'] = _seconds(mine, sampler, timed)
   pictures = {
@@ -160,6 +161,15 @@ def _images(name: str, cloud, reference, kind: str, repeats: int, neighbours: in
   for what, value in coverage(reference, cloud, neighbours)._asdict().items():
     found[what] = Result(value, 'share' if what != 'density' else 'balls a sample over k', n)
   return {f'comparison/{name}/{what}': result for what, result in found.items()}
+
+
+def _evaluations(subject: Subject, sampler: str, n: int) -> float:
+  """Evaluations of the prior's networks a sample, counted on n of them where the method cannot tell beforehand (NaN)."""
+  known = float(subject.method.evaluations(sampler))
+  if not math.isnan(known):
+    return known
+  count = jax.jit(lambda variables, key: subject.method.counted(variables, key, n, sampler))
+  return float(count(subject.variables, named_key(subject.key, 'evaluations')))
 
 
 def _seconds(subject: Subject, sampler: str, n: int) -> float:

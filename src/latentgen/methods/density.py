@@ -89,6 +89,12 @@ class LatentDensity(CodesMethod):
   def evaluations(self, sampler: str) -> float:
     return self.prior.evaluations(sampler)
 
+  def counted(self, variables: Variables, key: Key, n: int, sampler: str) -> Array:
+    """Network evaluations that n samples, drawn together, took, []; for priors whose `evaluations` is NaN, as it depends."""
+    params = variables['params']
+    d = self.coordinates(params, variables['stats']).size
+    return self.prior.counted(params['prior'], key, n, d, sampler, 1.0)[1]
+
   def draw(self, variables: Variables, key: Key, n: int, d: int, sampler: str, temperature: float) -> Array:
     params = variables['params']
     u = self.prior.sample(params['prior'], key, n, d, sampler, temperature)

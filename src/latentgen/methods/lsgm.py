@@ -132,16 +132,6 @@ class LSGM(LatentDensity):
     flat = u.reshape(-1, u.shape[-1])
     return self.prior.log_prob(variables['params']['prior'], flat, key).reshape(u.shape[:-1])
 
-  def evaluations(self, sampler: str) -> float:
-    """Network evaluations of one sample where they are known beforehand; else NaN, see `counted`."""
-    return self.prior.evaluations(sampler)
-
-  def counted(self, variables: Variables, key: Key, n: int, sampler: str | None = None) -> Array:
-    """Network evaluations that n samples took together, []."""
-    params = variables['params']
-    d = self.coordinates(params, variables['stats']).size
-    return self.prior.counted(params['prior'], key, n, d, self.sampler(sampler), 1.0)[1]
-
 
 def _rate(trace: Trace) -> Array:
   """[b], nats."""
