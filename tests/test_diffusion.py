@@ -15,7 +15,9 @@ from latentgen.priors import diffusion as prior
 from latentgen.samplers import diffusion, sdes
 
 KEY = jax.random.key(0)
-ALL = {'vp': sdes.VP(), 'offset': sdes.VP(initial=0.02), 'geometric': sdes.GeometricVP(), 'sub_vp': sdes.SubVP(), 've': sdes.VE()}
+ALL = {
+  'vp': sdes.VP(), 'offset': sdes.VP(initial=0.02), 'geometric': sdes.GeometricVP(), 'sub_vp': sdes.SubVP(), 've': sdes.VE()
+}  # fmt: skip
 STARTS = {'geometric': 0.0}
 
 
@@ -225,7 +227,8 @@ def test_nothing_moves_where_there_is_nothing_to_learn(name):
     assert (diffusion.flow(sde, zero, jnp.asarray(t), z) == 0).all()
   drawn, count = jax.jit(lambda z: diffusion.generate(sde, zero, z))(z)
   assert (drawn == z).all() and int(count) <= 26
-  np.testing.assert_allclose(jax.jit(lambda z: diffusion.log_density(sde, zero, z)[0])(z), stats.norm.logpdf(z).sum(-1), rtol=1e-5)
+  found = jax.jit(lambda z: diffusion.log_density(sde, zero, z)[0])(z)
+  np.testing.assert_allclose(found, stats.norm.logpdf(z).sum(-1), rtol=1e-5)
 
 
 @pytest.mark.parametrize('name', ['sub_vp', 've'])

@@ -113,7 +113,7 @@ class LSGM(LatentDensity):
     return loss, Aux(metrics, stats)
 
   def metrics(self, params: Params, ctx: Context) -> dict[str, Array]:
-    """{'nelbo': with the cross-entropy at eight times an image, 'nelbo_normal': with N(0, I) for the prior, 'tilt': the difference}."""
+    """{'nelbo': by the cross-entropy, at eight times an image; 'nelbo_normal': by N(0, I); 'tilt': the former less the latter}."""
     infer, *keys = jax.random.split(ctx.key, 1 + DRAWS)
     trace, _ = self.infer(params, ctx.stats, ctx.batch['image'], infer)
     u = self.coordinates(params, ctx.stats).pack(trace.eps)[0]
@@ -131,16 +131,6 @@ class LSGM(LatentDensity):
     """log p(u) under the probability flow."""
     flat = u.reshape(-1, u.shape[-1])
     return self.prior.log_prob(variables['params']['prior'], flat, key).reshape(u.shape[:-1])
-
-  def evaluations(self, variables: Variables, sampler: str) -> float:
-    d = self.coordinates(variables['params'], variables['stats']).size
-    return self.prior.evaluations(variables['params']['prior'], d, sampler)
-
-  def counted(self, variables: Variables, key: Key, n: int, sampler: str | None = None) -> Array:
-    """Network evaluations that n samples took together, []."""
-    params = variables['params']
-    d = self.coordinates(params, variables['stats']).size
-    return self.prior.counted(params['prior'], key, n, d, self.sampler(sampler), 1.0)[1]
 
 
 def _rate(trace: Trace) -> Array:

@@ -53,8 +53,8 @@ class Vectors(nn.Module):
 class Diffusion:
   """p(u) by a diffusion of u = z_0, with eps_theta(z, t) = (1 - a) sqrt(s_t) z / v_t + a eps'(z, t), a = sigmoid(logit).
 
-  v_t is the variance that N(0, I) has at time t (1 for 'vp'): at a = 0 the prior is N(0, I). There is one logit a coordinate, or a
-  channel of maps.
+  v_t is the variance that N(0, I) has at time t (1 for 'vp'): at a = 0 the prior is N(0, I). There is one logit a coordinate,
+  or a channel of maps.
 
   Args:
     sde: the diffusion.
@@ -188,7 +188,7 @@ def build(
 
   Args:
     sde: 'vp', 'geometric', 'sub_vp' or 've'.
-    sde_range: (beta0, beta1) of 'vp' and 'sub_vp', (smallest, largest variance) of the others; () has the defaults of the class.
+    sde_range: (beta0, beta1) of 'vp' and 'sub_vp', (smallest, largest variance) of the others; () has the class's defaults.
     start: e; by default 0 for 'geometric', else 0.01.
     map: (g, h, w, c) of the one level that is covered, for a U-Net (nets.unet) on maps [h, w, g c]; () has an MLP on vectors.
     channels: width of the network.

@@ -1,10 +1,11 @@
 """Samples and log-densities of a diffusion whose noise prediction is eps_theta(z, t) = sqrt(s_t) z / v_t + r(z, t).
 
-r is what a prediction says beyond that of N(0, I): with r = 0 the prior is N(0, v_t I) at every t (v_0 = 1), and the probability
-flow of a variance-preserving diffusion stands still, exactly.
+r is what a prediction says beyond that of N(0, I): with r = 0 the prior is N(0, v_t I) at every t (v_0 = 1), and the
+probability flow of a variance-preserving diffusion stands still, exactly.
 
-Song, Sohl-Dickstein, Kingma, Kumar, Ermon and Poole, "Score-Based Generative Modeling through Stochastic Differential Equations",
-2021, arXiv 2011.13456, sections 4.3 and appendices D. Grathwohl et al., "FFJORD", 2019, arXiv 1810.01367 (one probe a solution).
+Song, Sohl-Dickstein, Kingma, Kumar, Ermon and Poole, "Score-Based Generative Modeling through Stochastic Differential
+Equations", 2021, arXiv 2011.13456, section 4.3. Grathwohl, Chen, Bettencourt, Sutskever and Duvenaud, "FFJORD", 2019, arXiv
+1810.01367 (one probe for a whole solution).
 """
 
 from collections.abc import Callable
@@ -111,8 +112,8 @@ def ancestral(
 ) -> Float[Array, 'n *event']:
   """Ancestral sampling on a grid of equal steps from t = 1 to `end`.
 
-  z_r = (z_t - s_(t|r) eps_theta / sqrt(s_t)) / m_(t|r) + sqrt(s_(t|r) s_r / s_t) w, with m_(t|r) = m_t / m_r and s_(t|r) = s_t -
-  m_(t|r)^2 s_r: the law of z_r given z_t and the prediction of z_0.
+  z_r = (z_t - s_(t|r) eps_theta / sqrt(s_t)) / m_(t|r) + sqrt(s_(t|r) s_r / s_t) w, with m_(t|r) = m_t / m_r and
+  s_(t|r) = s_t - m_(t|r)^2 s_r: the law of z_r given z_t and the prediction of z_0.
 
   Args:
     sde: the diffusion.

@@ -2,8 +2,8 @@
 
 dz = f(t) z dt + g(t) dw, hence ds/dt = 2 f s + g^2. Variances s, not deviations, are the numbers here.
 
-Song, Sohl-Dickstein, Kingma, Kumar, Ermon and Poole, "Score-Based Generative Modeling through Stochastic Differential Equations",
-2021, arXiv 2011.13456. Vahdat, Kreis and Kautz, "Score-based Generative Modeling in Latent Space", 2021, arXiv 2106.05931.
+Song, Sohl-Dickstein, Kingma, Kumar, Ermon and Poole, "Score-Based Generative Modeling through Stochastic Differential
+Equations", 2021, arXiv 2011.13456. Vahdat, Kreis and Kautz, "Score-based Generative Modeling in Latent Space", 2021, arXiv 2106.05931.
 """
 
 import abc
@@ -235,8 +235,8 @@ def weight(sde: SDE, weighting: str, t: Time) -> Real:
 def draw_times(sde: SDE, sampling: str, rho: Real, start: ScalarLike) -> tuple[Real, Real]:
   """Times from uniform numbers, with their density; an integral over [start, 1] is the mean of integrand / density.
 
-  'll': log s uniform; 're': s uniform, 'un' (VP only): density proportional to 1 - s. Each has the least variance for the weighting
-  of that name where z_0 and the predictions are those of N(0, I), but for the factor 1 - s of 'll' and 're'. 'uniform': t uniform.
+  'll': log s uniform; 're': s uniform; 'un' (VP only): density proportional to 1 - s; 'uniform': t uniform. For a variance-
+  preserving diffusion, and z_0 and predictions of N(0, I), the first three have the least variance for the weighting of that name.
 
   Args:
     sde: the diffusion.
@@ -269,7 +269,7 @@ def draw_times(sde: SDE, sampling: str, rho: Real, start: ScalarLike) -> tuple[R
 def unweighted_mass(sde: VP, start: ScalarLike) -> Real:
   """int_e^1 exp(-B_t) dt = exp(beta0 c / 2) sqrt(pi / (4 d)) (erf(sqrt(d) (1 + c)) - erf(sqrt(d) (e + c))).
 
-  d = (beta1 - beta0) / 2 and c = beta0 / (beta1 - beta0). The published code has exp(c / 2) in front, 0.23 % more at beta0 = 0.1.
+  d = (beta1 - beta0) / 2, c = beta0 / (beta1 - beta0). The published code has exp(c / 2) in front, 0.23 % more at beta0 = 0.1.
   """
   d, c, low, high = _tails(sde, start)
   return math.exp(0.5 * sde.beta0 * c) * math.sqrt(math.pi / (4.0 * d)) * (low - high)
