@@ -10,7 +10,7 @@ import numpy as np
 from latentgen.data.source import ArraySource
 from latentgen.errors import UserError, near
 
-KINDS = ('blobs', 'factors')
+KINDS = ('blobs', 'factors', 'grid')
 
 
 def load(
@@ -29,12 +29,14 @@ def load(
     around the circle in the first two dimensions; the label is the component.
   factors: x = W z + noise * u, z ~ N(0, I) with `components` dimensions, u ~ N(0, I), and W the first columns of a random
     orthogonal matrix times 4, 2, 1, 1/2 ...; no labels.
+  grid: a mixture of k x k = `components` equal Gaussians in the plane; their means ((i + 1/2) / k, (j + 1/2) / k) fill the unit
+    square, `noise` is their deviation over the distance 1 / k of two neighbours, and the label is k i + j.
 
   Args:
     kind: one of KINDS.
     dims: dimensions of x.
     components: components of the mixture, or factors.
-    noise: standard deviation.
+    noise: standard deviation; see above for that of a grid.
     train: examples in the split; `valid` and `test` likewise.
     seed: of the draw.
 
@@ -52,6 +54,9 @@ def load(
     raise UserError(f'{where}.noise is {noise!r}, need a positive number')
   if kind == 'factors' and components > dims:
     raise UserError(f'{where}.components is {components}, more factors than the {dims} dimensions')
+  side = math.isqrt(components)
+  if kind == 'grid' and (side**2 != components or dims != 2):
+    raise UserError(f'{where}.components is {components}, need a square number for a grid, and {where}.dims = 2, not {dims}')
   rng = np.random.default_rng([KINDS.index(kind), seed])
   n = train + valid + test
   if kind == 'blobs':
@@ -60,6 +65,9 @@ def load(
     x = noise * rng.standard_normal((n, dims))
     x[:, 0] += 4 * np.cos(angle)
     x[:, 1] += 4 * np.sin(angle)
+  elif kind == 'grid':
+    labels = rng.integers(components, size=n)
+    x = (np.stack(divmod(labels, side), 1) + 0.5 + noise * rng.standard_normal((n, 2))) / side
   else:
     labels = None
     loadings = np.linalg.qr(rng.standard_normal((dims, dims)))[0][:, :components] * 4.0 * 0.5 ** np.arange(components)
