@@ -71,10 +71,10 @@ def base(
 
 def digits() -> ConfigDict:
   model = dict(
-    latent=16, channels=24, multipliers=(1, 2), blocks=1, attention=(), embedding=64, mapping=2,
-    discriminator='tiny', discriminator_channels=16, time_embedding=32,
+    latent=16, channels=16, multipliers=(1, 2), blocks=1, attention=(), embedding=32, mapping=1, fir=False, pyramid=False,
+    discriminator='tiny', discriminator_channels=8, time_embedding=16,
   )  # fmt: skip
-  return base(dict(name='digits', batch_size=64), model, 3000, 4, (0.05, 15), (5e-4, 5e-4), 0.999)
+  return base(dict(name='digits', batch_size=32), model, 3000, 4, (0.05, 15), (5e-4, 5e-4), 0.999)
 
 
 def points() -> ConfigDict:
