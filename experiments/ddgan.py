@@ -12,7 +12,7 @@ Variants   :smoke (seconds)  :points (25 Gaussians in the plane, perceptrons; mi
 from ml_collections import ConfigDict
 import nvae
 
-VARIANTS = ('smoke', 'points', 'cifar10', 'celebahq256', 'church')
+VARIANTS = ('smoke', 'unet', 'points', 'cifar10', 'celebahq256', 'church')
 
 SMALL = dict(channels=128, multipliers=(1, 2, 2, 2), mapping=4, discriminator='small')
 LARGE = dict(channels=64, multipliers=(1, 1, 2, 2, 4, 4), mapping=3, discriminator='large')
@@ -70,8 +70,16 @@ def base(
 
 
 def digits() -> ConfigDict:
+  model = dict(architecture='mlp', latent=16, hidden=256, layers=3)
+  config = base(dict(name='digits', batch_size=64), model, 8000, 4, (0.05, 15), (5e-4, 5e-4), 0.999)
+  config.train.update(log_every_steps=200, checkpoint_every_steps=2000)
+  return config
+
+
+def unet() -> ConfigDict:
+  """The same with the paper's kind of networks, at a size for 8x8."""
   model = dict(
-    latent=16, channels=16, multipliers=(1, 2), blocks=1, attention=(), embedding=32, mapping=1, fir=False, pyramid=False,
+    latent=16, channels=16, multipliers=(1, 2), blocks=1, attention=(), embedding=32, mapping=1,
     discriminator='tiny', discriminator_channels=8, time_embedding=16,
   )  # fmt: skip
   return base(dict(name='digits', batch_size=32), model, 3000, 4, (0.05, 15), (5e-4, 5e-4), 0.999)
@@ -106,4 +114,4 @@ def get_config(variant: str = '') -> ConfigDict:
     return config
   if variant == 'points':
     return points()
-  return smoke(digits()) if variant == 'smoke' else digits()
+  return smoke(unet()) if variant == 'smoke' else unet() if variant == 'unet' else digits()

@@ -8,6 +8,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import scipy.integrate
 import scipy.signal
@@ -19,8 +20,8 @@ from latentgen.evaluate import Subject, modes
 from latentgen.methods import ddgan as method
 from latentgen.nets import ddgan, resampling, unet
 from latentgen.samplers import denoising
-from latentgen.train import loop, step as stepping
-from latentgen.types import Context
+from latentgen.train import keys, loop, step as stepping
+from latentgen.types import Context, Stage
 
 KEY = jax.random.key(0)
 softplus = lambda a: np.logaddexp(0.0, a)
@@ -190,11 +191,12 @@ def test_penalty_is_lazy_and_not_rescaled(step, due):
   """D = b x_{t-1} + d x_t, summed over 2 x 3 x 1 pixels: (gamma / 2) 6 b^2, nothing of d."""
   image = jax.random.uniform(jax.random.key(2), (8, 2, 3, 1))
   b, d, gamma = 0.7, 5.0, 0.4
-  loss, aux = toy((2, 3, 1), gamma=gamma, r1_every=15).discriminator_loss(params(b=b, d=d), context(image, step))
+  find = lambda weight: jax.jit(
+    jax.value_and_grad(toy((2, 3, 1), gamma=weight, r1_every=15).discriminator_loss, has_aux=True)
+  )(params(b=b, d=d), context(image, step))
+  ((loss, aux), with_it), (_, without) = find(gamma), find(0.0)
   np.testing.assert_allclose(loss - aux.metrics['adversarial'], gamma / 2 * 6 * b**2 if due else 0.0, atol=2e-5)
-  find = lambda p: toy((2, 3, 1), gamma=gamma, r1_every=15).discriminator_loss(p, context(image, step))[0]
-  plain = lambda p: toy((2, 3, 1), gamma=0.0).discriminator_loss(p, context(image, step))[0]
-  with_it, without = (jax.grad(f)(params(b=b, d=d))['discriminator'] for f in (find, plain))
+  with_it, without = with_it['discriminator'], without['discriminator']
   np.testing.assert_allclose(with_it['b'] - without['b'], gamma * 6 * b if due else 0.0, atol=1e-4)
   np.testing.assert_allclose(with_it['d'], without['d'], atol=1e-5)
 
@@ -208,23 +210,18 @@ def test_first_step_compares_the_generators_own_images():
 
 
 class Recorder:
-  """A network that notes what it is given and answers zero."""
+  """A network that notes what it is given, and answers zeros of the shape of its first input or of the batch."""
 
-  def __init__(self):
-    self.calls = []
+  def __init__(self, per_image):
+    self.per_image, self.calls = per_image, []
 
   def apply(self, variables, *args, **kwargs):
-    self.calls.append([np.asarray(a) for a in args if not isinstance(a, bool)])
-    return jnp.zeros(args[0].shape[0] if len(self.calls) < 0 else args[0].shape)
-
-  def logits(self, variables, *args):
     self.calls.append([np.asarray(a) for a in args])
-    return jnp.zeros(len(args[0]))
+    return jnp.zeros(len(args[0]) if self.per_image else args[0].shape)
 
 
 def test_both_halves_share_x_t_and_both_updates_draw_afresh():
-  generator, discriminator = Recorder(), Recorder()
-  discriminator.apply = discriminator.logits
+  generator, discriminator = Recorder(per_image=False), Recorder(per_image=True)
   built = method.DDGAN(ddgan.Pair((2, 2, 1), 3, generator, discriminator), gamma=0.0)
   image = jax.random.uniform(KEY, (16, 2, 2, 1))
   empty = {'generator': {}, 'discriminator': {}}
@@ -237,16 +234,12 @@ def test_both_halves_share_x_t_and_both_updates_draw_afresh():
   np.testing.assert_array_equal(generator.calls[0][1], t)
   # As the loop does it: every update has a key of its own.
   built.generator_loss(empty, context(image).replace(key=jax.random.key(1)))
-  for one, other in zip(generator.calls[0], generator.calls[1], strict=True):  # x_t, t and z
+  for one, other in zip(generator.calls[0][:3], generator.calls[1][:3], strict=True):  # x_t, t and z
     assert (one != other).any()
 
 
 @pytest.mark.parametrize('frozen, moving', [('generator', 'discriminator'), ('discriminator', 'generator')])
 def test_an_update_moves_its_own_group_alone_and_the_second_sees_the_first(frozen, moving):
-  import optax
-
-  from latentgen.types import Stage
-
   built = toy((2, 2, 1))
   assert built.order == 'sequential' and [u.name for u in built.updates()] == ['discriminator', 'generator']
   rates = {frozen: 0.0, moving: 0.1}
@@ -256,7 +249,7 @@ def test_an_update_moves_its_own_group_alone_and_the_second_sees_the_first(froze
   state = stepping.init_state(stage, preprocess, KEY, raw)
   state = state.replace(params={**params(b=0.5, c=0.1)})
   step, _ = stepping.make_step(stage, preprocess)
-  after, _, metrics = step(state, stepping.healthy(), KEY, raw)
+  after, _, metrics = jax.jit(step)(state, stepping.healthy(), KEY, raw)
   jax.tree.map(np.testing.assert_array_equal, after.params[frozen], state.params[frozen])
   assert any(float(abs(a - b)) > 0 for a, b in zip(*(jax.tree.leaves(s.params[moving]) for s in (after, state)), strict=True))
   for update in built.updates():
@@ -268,20 +261,19 @@ def test_an_update_moves_its_own_group_alone_and_the_second_sees_the_first(froze
 
 
 def keys_of_update(i):
-  from latentgen.train import keys
-
   return jax.random.fold_in(jax.random.fold_in(KEY, 0), keys.UPDATES + i)
 
 
 def test_samples_are_images_of_the_generator():
   built = toy((1, 2, 1), timesteps=2)
   variables = {'params': params(scale=0.1), 'stats': {}}
-  images = built.sample(variables, KEY, 5000)
+  sample = jax.jit(lambda temperature: built.sample(variables, KEY, 5000, temperature=temperature))
+  images = sample(1.0)
   assert images.shape == (5000, 1, 2, 1)
   # The last step has no noise: x_0 is the generator's, (0.3 + 0.1 z + 1) / 2.
   np.testing.assert_allclose(images.mean(), 0.65, atol=0.003)
   np.testing.assert_allclose(images.std(), 0.05, atol=0.002)
-  np.testing.assert_allclose(built.sample(variables, KEY, 5000, temperature=0.5).std(), 0.025, atol=0.001)
+  np.testing.assert_allclose(sample(0.5).std(), 0.025, atol=0.001)
   with pytest.raises(UserError, match='--sampler=sir'):
     built.sample(variables, KEY, 2, 'sir')
 
@@ -296,7 +288,7 @@ def test_metrics_are_per_image():
   (dict(timesteps=0), 'method.timesteps is 0'),
   (dict(r1_every=0), 'method.r1_every is 0'),
   (dict(gamma=-1.0), 'method.gamma is -1.0'),
-  (dict(schedule='vq'), "method.schedule is 'vq'.*did you mean"),
+  (dict(schedule='vq'), "method.schedule is 'vq'; known: geometric, vp"),
   (dict(beta_min=30.0), 'method.beta_max is 20.0'),
   (dict(schedule='geometric'), 'method.beta_max is 20.0'),
 ])  # fmt: skip

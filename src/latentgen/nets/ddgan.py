@@ -133,8 +133,8 @@ class Discriminator(nn.Module):
     return nn.Dense(1, kernel_init=scaled(), name='head')(_leaky(h).sum((1, 2)))[:, 0]
 
 
-class PointGenerator(nn.Module):
-  """`Generator` for points: a perceptron on (x_t, embedding of t, z)."""
+class Perceptron(nn.Module):
+  """`Generator` for points and very small images: a perceptron on (x_t, embedding of t, z)."""
 
   hidden: int
   layers: int
@@ -148,8 +148,8 @@ class PointGenerator(nn.Module):
     return jnp.tanh(nn.Dense(math.prod(x_t.shape[1:]), name='head')(h)).reshape(x_t.shape)
 
 
-class PointDiscriminator(nn.Module):
-  """`Discriminator` for points: a perceptron on (x_{t-1}, x_t, embedding of t)."""
+class PerceptronDiscriminator(nn.Module):
+  """`Discriminator` for the same: a perceptron on (x_{t-1}, x_t, embedding of t)."""
 
   hidden: int
   layers: int
@@ -209,7 +209,7 @@ def build(
 
   Args:
     image_shape: of the data.
-    architecture: 'unet', or 'mlp' for points.
+    architecture: 'unet', or 'mlp' for points and very small images.
     latent: dimensions of z; 0 is no latent, hence a denoiser with one answer.
     channels: of the U-Net's first level; see `unet.UNet` for this and the next options up to `dtype`.
     multipliers: widths of its levels.
@@ -242,7 +242,7 @@ def build(
       raise UserError(f'model.{key} is {value!r}, need a whole number of at least {least}')
   shape = tuple(image_shape)
   if architecture == 'mlp':
-    return Pair(shape, latent, PointGenerator(hidden, layers), PointDiscriminator(hidden, layers))
+    return Pair(shape, latent, Perceptron(hidden, layers), PerceptronDiscriminator(hidden, layers))
   net = unet.UNet(
     channels, tuple(multipliers), blocks, tuple(attention), shape[-1], fir, embedding if latent else 0, pyramid, dropout,
     dtype=dtype,
