@@ -3,10 +3,20 @@
 Paper      Xiao, Kreis, Vahdat, "Tackling the Generative Learning Trilemma with Denoising Diffusion GANs", ICLR 2022,
            arXiv 2112.07804.
 Command    python -m latentgen.main --config=experiments/ddgan.py
-Default    scikit-learn's 8x8 digits, T = 4; minutes on two CPU cores.
-Variants   :smoke (seconds)  :points (25 Gaussians in the plane, perceptrons; minutes)  :cifar10  :celebahq256  :church
-           the last three with the paper's architecture, batch, epochs and weights; their data come from tensorflow-datasets,
-           prepared once.
+Default    scikit-learn's 8x8 digits, T = 4, perceptrons; a few minutes on two CPU cores.
+Variants   :smoke (seconds)  :unet (the same digits by a small U-Net of the paper's kind)  :points (25 Gaussians in the plane)
+           :cifar10  :celebahq256  :church  with the paper's architecture (parameter counts: tests/test_ddgan.py), batch, epochs
+           and weights; their data come from tensorflow-datasets, prepared once.
+
+Deviations from the paper or its published code (known from facts about it; paper / here / why):
+  x_0, as the discriminator sees it, carries noise of deviation 1e-4 / is the image / the model's x_0 carries none either
+  the gradient penalty is a backward pass of its own / a term of that step's loss / one optimiser step on the same sum
+  weights averaged at a fixed decay / at min(decay, (1 + t) / (10 + t)) / averages forget the initialisation
+  learning rate steps down once an epoch / at every step / the same curve, smooth
+  zero-initialised layers at scale 1e-10 / at 0 / the same to rounding
+  trained on the full training split / a validation split is set aside from it / nothing is chosen on test data
+  FID of an earlier checkpoint / the last one's weights / nothing is chosen by the measure that is reported
+  the digits have no U-Net and no minibatch deviation / the variant :unet has both / it takes many times as long
 """
 
 from ml_collections import ConfigDict
@@ -70,8 +80,8 @@ def base(
 
 
 def digits() -> ConfigDict:
-  model = dict(architecture='mlp', latent=16, hidden=256, layers=3)
-  config = base(dict(name='digits', batch_size=64), model, 8000, 4, (0.05, 15), (5e-4, 5e-4), 0.999)
+  model = dict(architecture='mlp', latent=16, hidden=256, layers=3, compare=True)
+  config = base(dict(name='digits', batch_size=64), model, 4000, 4, (2.0, 2), (3e-4, 5e-4), 0.999)
   config.train.update(log_every_steps=200, checkpoint_every_steps=2000)
   return config
 

@@ -149,10 +149,11 @@ class Perceptron(nn.Module):
 
 
 class PerceptronDiscriminator(nn.Module):
-  """`Discriminator` for the same: a perceptron on (x_{t-1}, x_t, embedding of t)."""
+  """`Discriminator` for the same: a perceptron on (x_{t-1}, x_t, embedding of t), with or without minibatch deviation."""
 
   hidden: int
   layers: int
+  compare: bool
 
   @nn.compact
   def __call__(self, before: Array, x_t: Array, t: Array) -> Array:
@@ -160,6 +161,9 @@ class PerceptronDiscriminator(nn.Module):
     h = jnp.concatenate([*flat, positional_embedding(t - 1, self.hidden)], -1)
     for i in range(self.layers):
       h = _leaky(nn.Dense(self.hidden, name=f'layer_{i}')(h))
+    if self.compare:
+      h = minibatch_deviation(h[:, None, None])[:, 0, 0]
+      h = _leaky(nn.Dense(self.hidden, name='last')(h))
     return nn.Dense(1, name='head')(h)[:, 0]
 
 
@@ -204,6 +208,7 @@ def build(
   time_embedding: int = 256,
   hidden: int = 256,
   layers: int = 3,
+  compare: bool = False,
 ) -> Pair:
   """The networks for images (h, w, c).
 
@@ -226,6 +231,7 @@ def build(
     time_embedding: size of its embedding of t.
     hidden: width of both perceptrons ('mlp').
     layers: hidden layers of both ('mlp').
+    compare: the perceptron's discriminator compares examples by the minibatch deviation, as that of the U-Net always does.
 
   Raises:
     UserError: an option that cannot be.
@@ -242,7 +248,7 @@ def build(
       raise UserError(f'model.{key} is {value!r}, need a whole number of at least {least}')
   shape = tuple(image_shape)
   if architecture == 'mlp':
-    return Pair(shape, latent, Perceptron(hidden, layers), PerceptronDiscriminator(hidden, layers))
+    return Pair(shape, latent, Perceptron(hidden, layers), PerceptronDiscriminator(hidden, layers, compare))
   net = unet.UNet(
     channels, tuple(multipliers), blocks, tuple(attention), shape[-1], fir, embedding if latent else 0, pyramid, dropout,
     dtype=dtype,
