@@ -81,7 +81,7 @@ def base(
 
 def digits() -> ConfigDict:
   model = dict(architecture='mlp', latent=16, hidden=256, layers=3, compare=True)
-  config = base(dict(name='digits', batch_size=64), model, 4000, 4, (2.0, 2), (3e-4, 5e-4), 0.999)
+  config = base(dict(name='digits', batch_size=64), model, 6000, 4, (0.5, 2), (3e-4, 5e-4), 0.999)
   config.train.update(log_every_steps=200, checkpoint_every_steps=2000)
   return config
 
@@ -98,7 +98,7 @@ def unet() -> ConfigDict:
 def points() -> ConfigDict:
   data = dict(name='toy', kind='grid', components=25, noise=0.05, train=50_000, batch_size=256)
   model = dict(architecture='mlp', latent=2, hidden=128, layers=3)
-  config = base(data, model, 20_000, 4, (0.05, 15), (1e-3, 1e-3), 0.999)
+  config = base(data, model, 20_000, 4, (1e-3, 15), (1e-3, 1e-3), 0.999)
   config.train.update(log_every_steps=500, checkpoint_every_steps=5000)
   config.evaluate.tasks = ('modes',)
   return config

@@ -394,22 +394,26 @@ SMALL = dict(
 
 @pytest.fixture(scope='module')
 def small():
-  """(Pair, its perturbed parameters, x_{t-1}, x_t, steps, z)."""
+  """(Pair, parameters none of which is zero, x_{t-1}, x_t, steps, z)."""
   pair = ddgan.build((4, 4, 1), **SMALL)
   before, x_t = jax.random.normal(KEY, (2, 4, 4, 4, 1))
   t, z = jnp.array([1, 2, 3, 4]), jax.random.normal(jax.random.key(1), (4, 3))
-  built = method.build(pair, 1)
-  start = jax.jit(lambda key: built.init(key, {'image': x_t})['params'])(KEY)
-  return pair, start, perturbed(start), before, x_t, t, z
+  shapes = jax.eval_shape(lambda key: method.build(pair, 1).init(key, {'image': x_t})['params'], KEY)
+  return pair, perturbed(jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes), 0.4), before, x_t, t, z
 
 
-def test_networks_start_at_zero_and_heed_step_latent_and_neighbour(small):
-  pair, start, moved, before, x_t, t, z = small
+@pytest.mark.slow
+def test_networks_start_at_zero(small):
+  pair, _, before, x_t, t, z = small
+  start = jax.jit(lambda key: method.build(pair, 1).init(key, {'image': x_t})['params'])(KEY)
+  np.testing.assert_array_equal(pair.generator.apply({'params': start['generator']}, x_t, t, z), 0.0)
+  np.testing.assert_array_equal(pair.discriminator.apply({'params': start['discriminator']}, before, x_t, t), 0.0)
+
+
+def test_networks_heed_step_latent_and_neighbour(small):
+  pair, moved, before, x_t, t, z = small
   generate = jax.jit(lambda p, x, t, z: pair.generator.apply({'params': p}, x, t, z))
   judge = jax.jit(lambda p, b, x, t: pair.discriminator.apply({'params': p}, b, x, t))
-  np.testing.assert_array_equal(generate(start['generator'], x_t, t, z), 0.0)
-  np.testing.assert_array_equal(judge(start['discriminator'], before, x_t, t), 0.0)
-
   image = generate(moved['generator'], x_t, t, z)
   assert image.shape == x_t.shape and float(jnp.abs(image).max()) <= 1
   for other in ((x_t + 1, t, z), (x_t, t[::-1], z), (x_t, t, -z)):
@@ -423,8 +427,9 @@ def test_networks_start_at_zero_and_heed_step_latent_and_neighbour(small):
     assert float(jnp.abs(judge(moved['discriminator'], *other) - logits).max()) > 1e-3
 
 
+@pytest.mark.slow
 def test_penalty_of_the_convolutional_discriminator_by_finite_differences(small):
-  pair, _, moved, before, x_t, t, _ = small
+  pair, moved, before, x_t, t, _ = small
 
   @jax.jit
   def logits(x, p):
@@ -452,7 +457,8 @@ def test_unet_on_small_maps():
   net = unet.UNet(4, (1, 2), 1, (), out_channels=3, time_scale=1000.0, dropout=0.5)
   unet.check((2, 2, 5), net)
   x, t = jax.random.normal(KEY, (2, 2, 2, 5)), jnp.array([0.1, 0.9])
-  variables = perturbed(jax.jit(net.init)(KEY, x, t))
+  shapes = jax.eval_shape(net.init, KEY, x, t)
+  variables = perturbed(jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes), 0.4)
   apply = jax.jit(lambda t, key, train: net.apply(variables, x, t, train=train, rngs={'dropout': key}), static_argnums=2)
   y = apply(t, KEY, False)
   assert y.shape == (2, 2, 2, 3) and y.dtype == jnp.float32
