@@ -150,7 +150,7 @@ class Perceptron(nn.Module):
 
 
 class PerceptronDiscriminator(nn.Module):
-  """`Discriminator` for the same: a perceptron on (gain x_{t-1}, gain x_t, embedding of t) and, where asked for, a minibatch."""
+  """`Discriminator` for the same: a perceptron on (gain x_{t-1}, gain x_t, embedding of t), comparing examples if asked to."""
 
   hidden: int
   layers: int
