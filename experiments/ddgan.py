@@ -97,8 +97,8 @@ def unet() -> ConfigDict:
 
 def points() -> ConfigDict:
   data = dict(name='toy', kind='grid', components=25, noise=0.05, train=50_000, batch_size=256)
-  model = dict(architecture='mlp', latent=2, hidden=128, layers=3, gain=10.0)
-  config = base(data, model, 20_000, 4, (1e-3, 15), (1e-3, 1e-3), 0.999)
+  model = dict(architecture='mlp', latent=2, hidden=128, layers=3, frequencies=5)
+  config = base(data, model, 20_000, 4, (1e-4, 15), (1e-3, 1e-3), 0.999)
   config.train.update(log_every_steps=500, checkpoint_every_steps=5000)
   config.evaluate.tasks = ('modes',)
   return config

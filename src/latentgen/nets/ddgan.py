@@ -134,33 +134,41 @@ class Discriminator(nn.Module):
 
 
 class Perceptron(nn.Module):
-  """`Generator` for points and very small images: a perceptron on (gain x_t, embedding of t, z)."""
+  """`Generator` for points and very small images: a perceptron on (x_t, embedding of t, z)."""
 
   hidden: int
   layers: int
-  gain: float
 
   @nn.compact
   def __call__(self, x_t: Array, t: Array, z: Array, train: bool = False) -> Array:
     del train
-    h = jnp.concatenate([self.gain * x_t.reshape(len(x_t), -1), positional_embedding(t - 1, self.hidden), z], -1)
+    h = jnp.concatenate([x_t.reshape(len(x_t), -1), positional_embedding(t - 1, self.hidden), z], -1)
     for i in range(self.layers):
       h = nn.swish(nn.Dense(self.hidden, name=f'layer_{i}')(h))
     return jnp.tanh(nn.Dense(math.prod(x_t.shape[1:]), name='head')(h)).reshape(x_t.shape)
 
 
 class PerceptronDiscriminator(nn.Module):
-  """`Discriminator` for the same: a perceptron on (gain x_{t-1}, gain x_t, embedding of t), comparing examples if asked to."""
+  """`Discriminator` for the same: a perceptron on (x_{t-1}, x_t, embedding of t).
+
+  Args:
+    hidden: width.
+    layers: hidden layers.
+    frequencies: f; sines and cosines of pi 2^i x, i < f, of both points join what it sees (Tancik et al., "Fourier Features Let
+      Networks Learn High Frequency Functions in Low Dimensional Domains", 2020, arXiv 2006.10739).
+    compare: append the minibatch deviation to the last hidden layer but one.
+  """
 
   hidden: int
   layers: int
-  gain: float
+  frequencies: int
   compare: bool
 
   @nn.compact
   def __call__(self, before: Array, x_t: Array, t: Array) -> Array:
-    flat = [self.gain * a.reshape(len(a), -1) for a in (before, x_t)]
-    h = jnp.concatenate([*flat, positional_embedding(t - 1, self.hidden)], -1)
+    x = jnp.concatenate([before, x_t], -1).reshape(len(x_t), -1)
+    waves = [wave(math.pi * 2**i * x) for i in range(self.frequencies) for wave in (jnp.sin, jnp.cos)]
+    h = jnp.concatenate([x, *waves, positional_embedding(t - 1, self.hidden)], -1)
     for i in range(self.layers):
       h = _leaky(nn.Dense(self.hidden, name=f'layer_{i}')(h))
     if self.compare:
@@ -210,7 +218,7 @@ def build(
   time_embedding: int = 256,
   hidden: int = 256,
   layers: int = 3,
-  gain: float = 1.0,
+  frequencies: int = 0,
   compare: bool = False,
 ) -> Pair:
   """The networks for images (h, w, c).
@@ -234,7 +242,7 @@ def build(
     time_embedding: size of its embedding of t.
     hidden: width of both perceptrons ('mlp').
     layers: hidden layers of both ('mlp').
-    gain: factor on what the perceptrons are given; a large one for data with fine structure, which they learn late ('mlp').
+    frequencies: of the perceptron's discriminator, see `PerceptronDiscriminator`; for points with fine structure.
     compare: the perceptron's discriminator compares examples by the minibatch deviation, as that of the U-Net always does.
 
   Raises:
@@ -247,15 +255,14 @@ def build(
   for key, value, least in (
     ('latent', latent, 0), ('embedding', embedding, 1), ('mapping', mapping, 0), ('time_embedding', time_embedding, 4),
     ('discriminator_channels', discriminator_channels, 1), ('hidden', hidden, 4), ('layers', layers, 1),
+    ('frequencies', frequencies, 0),
   ):  # fmt: skip
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
       raise UserError(f'model.{key} is {value!r}, need a whole number of at least {least}')
-  if not gain > 0:
-    raise UserError(f'model.gain is {gain!r}, need a positive number')
   shape = tuple(image_shape)
   if architecture == 'mlp':
-    judge = PerceptronDiscriminator(hidden, layers, gain, compare)
-    return Pair(shape, latent, Perceptron(hidden, layers, gain), judge)
+    judge = PerceptronDiscriminator(hidden, layers, frequencies, compare)
+    return Pair(shape, latent, Perceptron(hidden, layers), judge)
   net = unet.UNet(
     channels, tuple(multipliers), blocks, tuple(attention), shape[-1], fir, embedding if latent else 0, pyramid, dropout,
     dtype=dtype,
