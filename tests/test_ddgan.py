@@ -20,7 +20,7 @@ from latentgen.evaluate import Subject, modes
 from latentgen.methods import ddgan as method
 from latentgen.nets import ddgan, resampling, unet
 from latentgen.samplers import denoising
-from latentgen.train import keys, loop, step as stepping
+from latentgen.train import keys, step as stepping
 from latentgen.types import Context, Stage
 
 KEY = jax.random.key(0)
@@ -453,6 +453,7 @@ def test_penalty_of_the_convolutional_discriminator_by_finite_differences(small)
   np.testing.assert_allclose((up - down) / (2 * h), norm, rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_unet_on_small_maps():
   net = unet.UNet(4, (1, 2), 1, (), out_channels=3, time_scale=1000.0, dropout=0.5)
   unet.check((2, 2, 5), net)
@@ -469,8 +470,9 @@ def test_unet_on_small_maps():
     net.apply(variables, x, t, jnp.zeros((2, 3)))
 
 
-def test_points_by_perceptrons():
-  pair = ddgan.build((1, 2, 1), architecture='mlp', latent=2, hidden=8, layers=2)
+@pytest.mark.parametrize('options', [dict(), dict(frequencies=2, compare=True)])
+def test_points_by_perceptrons(options):
+  pair = ddgan.build((1, 2, 1), architecture='mlp', latent=2, hidden=8, layers=2, **options)
   x, t, z = jnp.ones((3, 1, 2, 1)), jnp.array([1, 2, 2]), jnp.ones((3, 2))
   image, _ = pair.generator.init_with_output(KEY, x, t, z)
   logits, _ = pair.discriminator.init_with_output(KEY, x, x, t)
@@ -483,6 +485,7 @@ def test_points_by_perceptrons():
   (dict(discriminator='smal'), "model.discriminator is 'smal'.*did you mean"),
   (dict(discriminator='large'), "model.discriminator is 'large'.*6 halvings.*not 8x8"),
   (dict(latent=-1), 'model.latent is -1'),
+  (dict(frequencies=-1), 'model.frequencies is -1'),
   (dict(channels=2), 'model.channels is 2'),
   (dict(multipliers=(1, 2, 2, 2, 2)), 'model.multipliers has 5 levels'),
   (dict(multipliers=()), 'model.multipliers is'),
@@ -531,18 +534,3 @@ def test_modes_need_points():
   with pytest.raises(UserError, match="'modes' needs labelled points"):
     modes.check(data.load('toy', kind='factors', components=2))
   modes.check(grid(train=100, valid=10, test=10))
-
-
-@pytest.mark.slow
-def test_all_modes_are_found(tmp_path):
-  """25 Gaussians in four steps; one step without a latent is a map of noise that cannot be."""
-  path = pathlib.Path(__file__).parents[1] / 'experiments' / 'ddgan.py'
-  _, config = configs.load(f'{path}:points')
-  configs.override(config, {'stages.ddgan.steps': 6000, 'train.checkpoint_every_steps': 6000})
-  run = configs.build(config, tmp_path)
-  loop.train(run)
-  stage = run.recipe[-1]
-  points = Subject(stage.method, loop.load_variables(run, stage), run.data, run.preprocess, KEY, 500)
-  found = modes.run(points).results
-  assert found['modes/found/base'].value == 25
-  assert found['modes/good/base'].value > 0.8
