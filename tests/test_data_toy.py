@@ -26,6 +26,16 @@ def test_factors_have_the_covariance_of_their_loadings():
   np.testing.assert_allclose(eigenvalues[2:], 0.25, rtol=0.05)
 
 
+def test_grid_fills_the_unit_square():
+  batch = data.load('toy', kind='grid', components=9, noise=0.1, train=20_000)['train'].take(slice(None))
+  x, y = batch['image'][:, 0, :, 0], batch['label']
+  for label in range(9):
+    mine = x[y == label]
+    assert len(mine) == pytest.approx(20_000 / 9, abs=200)
+    np.testing.assert_allclose(mine.mean(0), (np.array(divmod(label, 3)) + 0.5) / 3, atol=0.004)
+    np.testing.assert_allclose(mine.std(0), 0.1 / 3, atol=0.002)
+
+
 def test_same_seed_same_points_and_disjoint_splits():
   a, b = data.load('toy'), data.load('toy')
   other = data.load('toy', seed=1)
@@ -35,7 +45,8 @@ def test_same_seed_same_points_and_disjoint_splits():
 
 @pytest.mark.parametrize(
   'options, key',
-  [({'kind': 'blob'}, 'kind'), ({'dims': 1}, 'dims'), ({'noise': 0.0}, 'noise'), ({'kind': 'factors', 'components': 3}, 'components')],
+  [({'kind': 'blob'}, 'kind'), ({'dims': 1}, 'dims'), ({'noise': 0.0}, 'noise'), ({'kind': 'factors', 'components': 3}, 'components'),
+   ({'kind': 'grid', 'components': 8}, 'components'), ({'kind': 'grid', 'dims': 3}, 'components')],
 )
 def test_bad_values_name_their_key(options, key):
   with pytest.raises(UserError, match=f'config.data.{key}'):

@@ -10,7 +10,7 @@ import numpy as np
 from latentgen.data.source import ArraySource
 from latentgen.errors import UserError, near
 
-KINDS = ('blobs', 'factors', 'circle')
+KINDS = ('blobs', 'factors', 'circle', 'grid')
 
 
 def load(
@@ -31,12 +31,14 @@ def load(
     orthogonal matrix times 4, 2, 1, 1/2 ...; no labels.
   circle: (cos t, sin t, 0, ..), t ~ von Mises(0, 1), density exp(cos t) / (2 pi I_0(1)); without noise, so that the points fill one
     dimension of `dims`; no labels.
+  grid: a mixture of k x k = `components` equal Gaussians in the plane; their means ((i + 1/2) / k, (j + 1/2) / k) fill the unit
+    square, `noise` is their deviation over the distance 1 / k of two neighbours, and the label is k i + j.
 
   Args:
     kind: one of KINDS.
     dims: dimensions of x.
     components: components of the mixture, or factors.
-    noise: standard deviation; unused by the circle, as `components`.
+    noise: standard deviation; see above for that of a grid; unused by the circle, as `components`.
     train: examples in the split; `valid` and `test` likewise.
     seed: of the draw.
 
@@ -54,6 +56,9 @@ def load(
     raise UserError(f'{where}.noise is {noise!r}, need a positive number')
   if kind == 'factors' and components > dims:
     raise UserError(f'{where}.components is {components}, more factors than the {dims} dimensions')
+  side = math.isqrt(components)
+  if kind == 'grid' and (side**2 != components or dims != 2):
+    raise UserError(f'{where}.components is {components}, need a square number for a grid, and {where}.dims = 2, not {dims}')
   rng = np.random.default_rng([KINDS.index(kind), seed])
   n = train + valid + test
   if kind == 'blobs':
@@ -66,6 +71,9 @@ def load(
     labels, x = None, np.zeros((n, dims))
     angle = rng.vonmises(0.0, 1.0, n)
     x[:, 0], x[:, 1] = np.cos(angle), np.sin(angle)
+  elif kind == 'grid':
+    labels = rng.integers(components, size=n)
+    x = (np.stack(divmod(labels, side), 1) + 0.5 + noise * rng.standard_normal((n, 2))) / side
   else:
     labels = None
     loadings = np.linalg.qr(rng.standard_normal((dims, dims)))[0][:, :components] * 4.0 * 0.5 ** np.arange(components)
