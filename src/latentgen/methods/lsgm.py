@@ -54,6 +54,11 @@ class LSGM(LatentDensity):
   warmup_portion: float = 0.1
   spectral: tuple[float, float] = (0.0, 0.0)
 
+  @property
+  def samplers(self) -> tuple[str, ...]:
+    """Those of the prior; 'base' draws from N(0, I) in its place."""
+    return (*self.prior.samplers, 'base')
+
   def init(self, key: Key, batch: Batch) -> Variables:
     variables = super().init(key, batch)
     for i, (name, groups) in enumerate(self._penalties()):
@@ -113,7 +118,7 @@ class LSGM(LatentDensity):
     return loss, Aux(metrics, stats)
 
   def metrics(self, params: Params, ctx: Context) -> dict[str, Array]:
-    """{'nelbo': by the cross-entropy, at eight times an image; 'nelbo_normal': by N(0, I); 'tilt': the former less the latter}."""
+    """{'nelbo': by the cross-entropy, at eight times an image; 'nelbo_normal': by N(0, I); 'tilt': their difference}."""
     infer, *keys = jax.random.split(ctx.key, 1 + DRAWS)
     trace, _ = self.infer(params, ctx.stats, ctx.batch['image'], infer)
     u = self.coordinates(params, ctx.stats).pack(trace.eps)[0]
@@ -126,6 +131,14 @@ class LSGM(LatentDensity):
     tilt = jax.lax.map(cross_entropy, jnp.stack(keys)).mean(0) + coordinates.log_normal(u)
     normal = _rate(trace) - trace.log_px.mean(0)
     return {'nelbo': normal + tilt, 'nelbo_normal': normal, 'tilt': tilt}
+
+  def evaluations(self, sampler: str) -> float:
+    return 0.0 if sampler == 'base' else super().evaluations(sampler)
+
+  def draw(self, variables: Variables, key: Key, n: int, d: int, sampler: str, temperature: float) -> Array:
+    if sampler == 'base':
+      return coordinates.standard(key, n, d, temperature)
+    return super().draw(variables, key, n, d, sampler, temperature)
 
   def log_prior(self, variables: Variables, u: Array, key: Key) -> Array:
     """log p(u) under the probability flow."""
