@@ -9,10 +9,14 @@ Variants   :smoke (seconds)  :two_stage (the VAE stays frozen)  :vector (a plain
            :mnist  :omniglot  :cifar10  :celebahq256 with the published sizes, schedules and weightings. Their data come
            from tensorflow-datasets, prepared once.
 
-Stage 1 trains the VAE with N(0, I) on its noise coordinates. Stage 2 moves prior and VAE in two simultaneous updates. On digits
-both have likelihood weights and the same times (algorithm 1). method.times='separate' is algorithm 2; prior.weighting and
-prior.sampling 're' or 'un' with shared times are algorithm 3; prior.sde is 'vp', 'geometric', 'sub_vp' or 've'. The paper's third
-stage, a new prior on the frozen VAE, is :two_stage with prior.weighting='re'.
+Stage 1 trains the VAE with N(0, I) on its noise coordinates. Stage 2 moves prior and VAE in two simultaneous updates. On
+digits both have likelihood weights and the same times (algorithm 1). method.times='separate' is algorithm 2; prior.weighting
+and prior.sampling 're' or 'un' with shared times are algorithm 3; prior.sde is 'vp', 'geometric', 'sub_vp' or 've'. The
+paper's third stage, a new prior on the frozen VAE, is :two_stage with prior.weighting='re'.
+
+Measured by the command above, seed 0, negative bounds in nats a digit. On the 250 validation digits (metrics.jsonl, by the
+cross-entropy) the VAE with N(0, I) has 83.58 before stage 2; after it the whole has 82.07, and 83.56 with N(0, I) in place
+of the prior (same encoder and decoder). On the 250 test digits, by the probability-flow ODE: 82.49, standard error 0.68.
 
 Deviations from the paper or its published code (paper / here / why):
   groups have N(0, I) for a prior and z = Conv(eps) / the NVAE of nvae.py, whose noise coordinates eps = (z - loc) / scale have

@@ -177,7 +177,10 @@ def test_samples_come_from_the_prior():
   drawn = jax.jit(lambda v: method.simulate(v, KEY, 5))(variables)
   key, _ = jax.random.split(KEY)
   np.testing.assert_allclose(drawn.z[0][0, 0], method.prior.sample(params['prior'], key, 5, 3, 'ode', 1.0), atol=2e-3)
-  assert method.samplers == ('ode', 'ancestral') and method.evaluations(variables, 'ode') >= 20
+  base = method.simulate(variables, KEY, 5, 'base')
+  np.testing.assert_allclose(base.z[0][0, 0], jax.random.normal(key, (5, 3)), atol=1e-6)
+  assert method.samplers == ('ode', 'ancestral', 'base')
+  assert method.evaluations(variables, 'base') == 0 and method.evaluations(variables, 'ode') >= 20
 
 
 @pytest.mark.slow

@@ -29,8 +29,8 @@ def load(
     around the circle in the first two dimensions; the label is the component.
   factors: x = W z + noise * u, z ~ N(0, I) with `components` dimensions, u ~ N(0, I), and W the first columns of a random
     orthogonal matrix times 4, 2, 1, 1/2 ...; no labels.
-  circle: (cos t, sin t, 0, ..), t ~ von Mises(0, 1), density exp(cos t) / (2 pi I_0(1)); without noise, so that the points fill one
-    dimension of `dims`; no labels.
+  circle: (cos t, sin t, 0, ..), t ~ von Mises(0, 1), density exp(cos t) / (2 pi I_0(1)); without noise, so that the
+    points fill one dimension of `dims`; no labels.
   grid: a mixture of k x k = `components` equal Gaussians in the plane; their means ((i + 1/2) / k, (j + 1/2) / k) fill the unit
     square, `noise` is their deviation over the distance 1 / k of two neighbours, and the label is k i + j.
 

@@ -1,7 +1,7 @@
 """Several priors on one frozen network, side by side: one row a prior, one table, one grid.
 
-Each prior is a stage of the recipe. How well it samples is measured in latent and in image space, at the same number of samples and
-against the same held-out images; what it costs, by clock and by count.
+Each prior is a stage of the recipe. How well it samples is measured in latent and in image space, at the same number of
+samples and against the same held-out images; what it costs, by clock and by count.
 """
 
 from collections.abc import Mapping, Sequence
@@ -72,7 +72,7 @@ def run(
 
   Args:
     subject: what is evaluated.
-    priors: rows (name, stage, ...), the stages that train this prior, the last one last; by default every stage of the recipe.
+    priors: rows (name, stage, ...), the stages that train this prior, the last one last; by default every stage.
     split: held-out images, a name or several; those of image space are of the last one.
     limit: only the first so many images of each split.
     train_limit: see evaluate.frechet, as `steps` and `repeats`.
@@ -84,10 +84,10 @@ def run(
     count: samples of each prior in the grid.
 
   Returns:
-    comparison/<prior>/auroc (latent two-sample test), /frechet, /kernel, /precision, /recall, /density, /coverage (features of a
-    small classifier), /elbo, /iwae and /gain, log p(x) over that of the first prior (where there is a density), /parameters, /evaluations (of the prior's networks, a
-    sample); comparison/real/... for training images in place of samples. Table: these, seconds of training and of sampling.
-    Pictures: samples of every prior; the AUROC with its error.
+    comparison/<prior>/auroc (latent two-sample test), /frechet, /kernel, /precision, /recall, /density, /coverage (features
+    of a small classifier), /elbo, /iwae and /gain, log p(x) over that of the first prior (where there is a density),
+    /parameters, /evaluations (of the prior's networks, a sample); comparison/real/... for training images in place of
+    samples. Table: these, seconds of training and of sampling. Pictures: samples of every prior; the AUROC with its error.
 
   Raises:
     UserError: for a bad value, naming the key.
@@ -132,7 +132,7 @@ def run(
     'comparison_auroc': Picture(
       _chart({name: results[f'comparison/{name}/auroc'] for name in chosen}),
       'Telling posterior from prior latents, by prior',
-      'Area under the ROC curve of a fresh classifier on held-out images, with its standard error; dotted: chance. Nearer is better.',
+      'Area under the ROC curve of a fresh classifier on held-out images, with its standard error; dotted: chance.',
     ),
   }
   return Findings(results, pictures, {'comparison': _table(list(chosen), results, clock, kind, n)})
@@ -153,11 +153,9 @@ def _chosen(subject: Subject, where: str, priors) -> dict[str, tuple[str, ...]]:
 def _images(name: str, cloud, reference, kind: str, repeats: int, neighbours: int, key) -> dict[str, Result]:
   """Distances between clouds of features [n, d]."""
   seed, n = seed_of(key), len(reference)
-  kernel = kernel_distance(cloud, reference, 10, seed)
+  kernel, error = kernel_distance(cloud, reference, 10, seed), bootstrap(frechet_distance, cloud, reference, repeats, seed)
   found = {
-    'frechet': Result(
-      frechet_distance(cloud, reference), f'{kind} feature units^2', n, bootstrap(frechet_distance, cloud, reference, repeats, seed)
-    ),
+    'frechet': Result(frechet_distance(cloud, reference), f'{kind} feature units^2', n, error),
     'kernel': Result(kernel.value, 'squared MMD', n, kernel.stderr),
   }
   for what, value in coverage(reference, cloud, neighbours)._asdict().items():
@@ -197,16 +195,17 @@ def _table(names: list[str], results: Mapping[str, Result], clock: Mapping, kind
     if best and len(values) > 1:
       ends = min if best == 'low' else max
       bold |= {(i + 1, column) for i, v in values.items() if v == ends(values.values())}
-  rows = [[label, *(text(name, key) for key in COLUMNS)] for name, label in (('real', 'training images'), *((m, m) for m in names))]
+  labels = {'real': 'training images', **{name: name for name in names}}
+  rows = [[label, *(text(name, key) for key in COLUMNS)] for name, label in labels.items()]
   caption = (
-    f'Latent AUROC: how well a fresh classifier tells prior samples from posterior ones of held-out images, {CHANCE} at chance. Fréchet '
-    f'and kernel distance, precision, recall, density and coverage on {kind.replace("_", " ")} features of {n} decoder means against '
-    'as many held-out images; training images set the floor (their density and coverage are those of real data). ELBO and log p(x) '
-    'where the prior has a density: importance-weighted bounds; gain: of log p(x) over the first prior, image by image. Evaluations: of '
-    'the prior’s networks, a gradient counts as one. Best '
-    'of each column in bold; differences within the standard errors are noise.'
+    'Latent AUROC: how well a fresh classifier tells prior samples from posterior ones of held-out images, 0.5 at chance. '
+    f'Fréchet and kernel distance, precision, recall, density and coverage: on {kind.replace("_", " ")} features of {n} decoder '
+    'means against as many held-out images; training images set the floor. ELBO and log p(x), an importance-weighted bound, '
+    'where the prior has a density; gain: of log p(x) over the first prior, image by image. Evaluations: of the prior’s '
+    'networks, a gradient counts as one. Best of each column in bold; differences within the standard errors are noise.'
   )
-  return Table(['prior', *(heading for heading, _ in COLUMNS.values())], rows, 'Priors on one frozen network', caption, frozenset(bold))
+  columns = ['prior', *(heading for heading, _ in COLUMNS.values())]
+  return Table(columns, rows, 'Priors on one frozen network', caption, frozenset(bold))
 
 
 def _rows(panels: Mapping[str, np.ndarray], across: int = 5) -> np.ndarray:
@@ -222,9 +221,8 @@ def _chart(areas: Mapping[str, Result]) -> np.ndarray:
   with charts.style():
     figure, ax = charts.axes(5.2, 0.8 + 0.32 * len(areas))
     places = np.arange(len(areas))[::-1]
-    ax.errorbar(
-      [r.value for r in areas.values()], places, xerr=[r.stderr or 0.0 for r in areas.values()], color=charts.COLORS[0], marker='o', ls=''
-    )
+    values, errors = zip(*((r.value, r.stderr or 0.0) for r in areas.values()), strict=True)
+    ax.errorbar(values, places, xerr=errors, color=charts.COLORS[0], marker='o', ls='')
     ax.axvline(CHANCE, color=charts.INK, lw=0.8, ls=':')
     ax.set(xlabel='latent AUROC', yticks=places, yticklabels=list(areas))
     return charts.pixels(figure)

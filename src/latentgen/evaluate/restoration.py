@@ -92,7 +92,8 @@ def run(
     ('inpainting', x, known, sigma.value, 1 - known), ('denoising', noisy, everywhere, np.hypot(sigma.value, noise), everywhere),
   ):  # fmt: skip
     found = fetch(restore(subject.variables, observed, seen, jnp.float32(deviation), key))
-    error = lambda image, c=counted: average(np.asarray((c * (image - x) ** 2).sum((1, 2, 3)) / c.sum((1, 2, 3))), 'squared error')
+    mean = lambda a, c=counted: np.asarray((c * a).sum((1, 2, 3)) / c.sum((1, 2, 3)))
+    error = lambda image: average(mean((image - x) ** 2), 'squared error')
     findings.results |= {
       f'restoration/{task}/mse': error(found['mean']),
       f'restoration/{task}/mse_mode': error(found['mode']),

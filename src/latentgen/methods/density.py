@@ -39,7 +39,8 @@ class LatentDensity(CodesMethod):
 
   @property
   def samplers(self) -> tuple[str, ...]:
-    return self.prior.samplers
+    """The density's own; of a posterior's samples also 'base', which draws from N(0, I) in its place."""
+    return self.prior.samplers if self.codes == 'mean' else (*self.prior.samplers, 'base')
 
   @property
   def density(self) -> bool:
@@ -87,10 +88,14 @@ class LatentDensity(CodesMethod):
     return found - jnp.log(params['whitening']['scale']).sum() if self.whiten else found
 
   def evaluations(self, variables: Variables, sampler: str) -> float:
+    if sampler == 'base':
+      return 0.0
     d = self.coordinates(variables['params'], variables['stats']).size
     return self.prior.evaluations(variables['params']['prior'], d, sampler)
 
   def draw(self, variables: Variables, key: Key, n: int, d: int, sampler: str, temperature: float) -> Array:
+    if sampler == 'base':
+      return coordinates.standard(key, n, d, temperature)
     params = variables['params']
     u = self.prior.sample(params['prior'], key, n, d, sampler, temperature)
     return params['whitening']['loc'] + params['whitening']['scale'] * u if self.whiten else u

@@ -278,7 +278,8 @@ def build(
     UserError: a value that cannot be, naming the key.
   """
   del steps
-  for name, value, known in (('objective', objective, OBJECTIVES), ('posterior', posterior, POSTERIORS), ('kernel', kernel, KERNELS)):
+  choices = dict(objective=(objective, OBJECTIVES), posterior=(posterior, POSTERIORS), kernel=(kernel, KERNELS))
+  for name, (value, known) in choices.items():
     if value not in known:
       raise UserError(f'method.{name} is {value!r}{near(value, known)}')
   if not set(train) <= set(UPDATES) or not train:

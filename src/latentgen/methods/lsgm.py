@@ -113,7 +113,7 @@ class LSGM(LatentDensity):
     return loss, Aux(metrics, stats)
 
   def metrics(self, params: Params, ctx: Context) -> dict[str, Array]:
-    """{'nelbo': by the cross-entropy, at eight times an image; 'nelbo_normal': by N(0, I); 'tilt': the former less the latter}."""
+    """{'nelbo': by the cross-entropy, at eight times an image; 'nelbo_normal': by N(0, I); 'tilt': their difference}."""
     infer, *keys = jax.random.split(ctx.key, 1 + DRAWS)
     trace, _ = self.infer(params, ctx.stats, ctx.batch['image'], infer)
     u = self.coordinates(params, ctx.stats).pack(trace.eps)[0]

@@ -3,7 +3,8 @@
 dz = f(t) z dt + g(t) dw, hence ds/dt = 2 f s + g^2. Variances s, not deviations, are the numbers here.
 
 Song, Sohl-Dickstein, Kingma, Kumar, Ermon and Poole, "Score-Based Generative Modeling through Stochastic Differential
-Equations", 2021, arXiv 2011.13456. Vahdat, Kreis and Kautz, "Score-based Generative Modeling in Latent Space", 2021, arXiv 2106.05931.
+Equations", 2021, arXiv 2011.13456. Vahdat, Kreis and Kautz, "Score-based Generative Modeling in Latent Space", 2021, arXiv
+2106.05931.
 """
 
 import abc
@@ -236,7 +237,8 @@ def draw_times(sde: SDE, sampling: str, rho: Real, start: ScalarLike) -> tuple[R
   """Times from uniform numbers, with their density; an integral over [start, 1] is the mean of integrand / density.
 
   'll': log s uniform; 're': s uniform; 'un' (VP only): density proportional to 1 - s; 'uniform': t uniform. For a variance-
-  preserving diffusion, and z_0 and predictions of N(0, I), the first three have the least variance for the weighting of that name.
+  preserving diffusion, and z_0 and predictions of N(0, I), each of the first three has the least variance for the weighting of
+  its name.
 
   Args:
     sde: the diffusion.
