@@ -18,7 +18,7 @@ from latentgen import config as configs, data, losses
 from latentgen.errors import UserError
 from latentgen.evaluate import Subject, modes
 from latentgen.methods import ddgan as method
-from latentgen.nets import ddgan, resampling, unet
+from latentgen.nets import convolution, ddgan, resampling, unet
 from latentgen.samplers import denoising
 from latentgen.train import keys, step as stepping
 from latentgen.types import Context, Stage
@@ -446,11 +446,13 @@ def test_penalty_of_the_convolutional_discriminator_by_finite_differences(small)
     square += float((up - down) / (2 * h)) ** 2
   np.testing.assert_allclose(penalty(p), square / 4, rtol=1e-2)
 
-  grads = jax.jit(jax.grad(penalty))(p)
-  norm = np.sqrt(sum(float(jnp.square(g).sum()) for g in jax.tree.leaves(grads)))
-  h = 1e-2
-  up, down = (penalty(jax.tree.map(lambda w, g, s=s: w + s * h / norm * g, p, grads)) for s in (1, -1))
-  np.testing.assert_allclose((up - down) / (2 * h), norm, rtol=1e-2)
+  # Its gradient jumps where a unit changes sign, so no differences: against XLA's own derivatives of its convolutions.
+  found = {}
+  for name in ('custom', 'native'):
+    with convolution.implementation(name):
+      found[name] = jax.jit(jax.grad(lambda p: penalty.__wrapped__(p)))(p)
+  assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(found['native'])) > 1e-2
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), found['custom'], found['native'])
 
 
 @pytest.mark.slow
