@@ -208,7 +208,12 @@ class LatentModel(Protocol):
     classify(variables, x [b, h, w, c], key) -> log p(y | x), [b, classes];
     cluster(variables, x, key) -> log p(component | x), [b, components];
     mixture(variables) -> distributions.GaussianMixture, the prior over a single group of latents;
-    propose(variables, x, key, k) -> Trace whose samples and `log_q` are those of a better proposal for importance weights.
+    propose(variables, x, key, k) -> Trace whose samples and `log_q` are those of a better proposal for importance weights;
+    logits(variables, x, key), partition(variables, x, key, proposals): of priors that tilt, see methods.nce;
+    ratios(variables, x, key) -> {'positive', 'negative'}: logits of a chain of ratios, [K, b];
+    anomaly_scores(variables, x, key) -> {name: [b]}, larger for what is more anomalous;
+    starts, place, picture: from a density's base to images, see methods.density;
+    evaluations(variables, sampler) -> evaluations of the prior's networks that one sample takes (not traceable).
   """
 
   samplers: tuple[str, ...]

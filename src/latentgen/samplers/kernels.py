@@ -8,7 +8,6 @@ from collections.abc import Callable
 import dataclasses
 from typing import Any
 
-import blackjax
 import jax
 import jax.numpy as jnp
 
@@ -82,6 +81,8 @@ def mala(steps: int, step_size: float) -> Kernel:
   References:
     Besag, comment on "Representations of Knowledge in Complex Systems", 1994. Roberts and Tweedie, 1996.
   """
+  import blackjax  # takes seconds
+
   kernel = blackjax.mala.build_kernel()
 
   def run(key, log_density, position, *data):
