@@ -3,7 +3,7 @@
 Paper      Böhm, Seljak, "Probabilistic Autoencoder", TMLR 2022, arXiv 2006.05479.
 Command    python -m latentgen.main --config=experiments/pae.py
 Default    scikit-learn's 8x8 digits, 8 latent dimensions, a coupling flow of splines; minutes on two CPU cores.
-Variants   :smoke (seconds)  :autoregressive  :gmm  :kde  :vae (other densities on the same codes)
+Variants   :smoke (seconds)  :autoregressive  :gmm  :kde  :vae  :ebm (other densities on the codes)
            :fashion (grey Fashion-MNIST, 64 latent dimensions, outliers MNIST)  :mnist (data prepared once by tensorflow-datasets)
 
 Stages: the autoencoder, until held-out reconstructions get no better; mean and deviation of the codes; the density of the whitened
@@ -35,7 +35,7 @@ Deviations (paper / here / why):
 from ml_collections import ConfigDict
 import nvae
 
-VARIANTS = ('smoke', 'autoregressive', 'gmm', 'kde', 'vae', 'fashion', 'mnist')
+VARIANTS = ('smoke', 'autoregressive', 'gmm', 'kde', 'vae', 'ebm', 'fashion', 'mnist')
 
 DENSITIES = dict(
   flow=dict(name='flow', kind='coupling', transformer='spline', layers=6, width=64, knots=8),
@@ -63,6 +63,24 @@ def add_density(config: ConfigDict, density: str, steps: int, patience: int, cod
       config.stages.density.update(
         steps=steps, optim=dict(prior=adam(2e-3, 1e-5)), best='prior', patience_steps=patience,
       )  # fmt: skip
+  return config
+
+
+def energy_based(config: ConfigDict) -> ConfigDict:
+  """An energy on the codes, which a penalty keeps near N(0, I), the base that it tilts."""
+  with config.unlocked():
+    config.stages.autoencoder.method.prior_weight = 1.0
+    config.recipe = ('autoencoder', 'density')
+    config.stages.density = dict(
+      steps=3000,
+      method=dict(
+        name='energy_prior', posterior='encoder', posterior_steps=0, train=('prior',), codes='mean', prior_step_size=0.04
+      ),
+      optim=dict(prior=adam(2e-4, 1e-5)),
+      load=dict(encoder='autoencoder', decoder='autoencoder'),
+      ema=dict(tilt0=0.999),
+    )
+    config.evaluate.tasks = ('two_sample', 'frechet', 'anomaly', 'samples')
   return config
 
 
@@ -137,6 +155,8 @@ def get_config(variant: str = '') -> ConfigDict:
     return add_density(fashion(), 'flow', 6000, 2000)
   if variant == 'mnist':
     return add_density(images(dict(name='tfds', dataset='mnist', valid=5000, in_memory=True), 10), 'flow', 6000, 2000)
+  if variant == 'ebm':
+    return energy_based(digits())
   config = add_density(digits(), variant if variant in DENSITIES else 'flow', 3000, 750)
   if variant == 'smoke':
     config.stages.density.method.prior.update(layers=2, width=8)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from latentgen import losses, nets
 from latentgen.errors import UserError, near
-from latentgen.methods.codes import CodesMethod, folded
+from latentgen.methods.codes import CodesMethod, check_codes, folded
 from latentgen.priors import coordinates, energy
 from latentgen.samplers import Kernel, SIRInfo, mala, sir, ula
 from latentgen.types import Array, Aux, Batch, Context, Key, LatentNet, Params, Trace, Update, Variables
@@ -271,6 +271,7 @@ def build(
   restart: float = 0.05,
   proposals: int = 2000,
   chunk: int = 500,
+  codes: str = 'sample',
 ) -> EnergyPrior:
   """The method as a config names it; see EnergyPrior, priors.energy.Tilt, and samplers.kernels for the two kernels.
 
@@ -295,9 +296,10 @@ def build(
       raise UserError(f'method.{name} is {value}, need a positive number')
   if not 0 <= restart <= 1:
     raise UserError(f'method.restart is {restart}, need a share between 0 and 1')
+  check_codes(codes, 0)
   make = KERNELS[kernel]
   return EnergyPrior(
-    net, tilt=energy.checked(hidden, activation), tilts=tilts, objective=objective, posterior=posterior, train=tuple(train),
+    net, codes, tilt=energy.checked(hidden, activation), tilts=tilts, objective=objective, posterior=posterior, train=tuple(train),
     prior_kernel=make(prior_steps, prior_step_size), posterior_kernel=make(posterior_steps, posterior_step_size),
     chains=chains, restart=restart, proposals=proposals, chunk=min(chunk, proposals),
   )  # fmt: skip
