@@ -7,7 +7,7 @@ Default    scikit-learn's 8x8 digits, T = 4, perceptrons; a few minutes on two C
            frechet_small_classifier/base 8.0 +- 3.2, real training images 4.4 +- 2.4 (250 test images, seed 0); penalty, width
            and length were picked among four tries, by this number and by eye.
 Variants   :smoke (seconds)  :unet (the same digits by a small U-Net of the paper's kind)
-           :points (25 Gaussians in the plane; finds 20 of them, with 43 % of 2,500 samples within 4 deviations of one, at seed 0:
+           :points (25 Gaussians in the plane; finds 20 of them, with 43 % of 2,500 samples within 4 deviations of one, seed 0:
            less than the paper shows)
            :cifar10  :celebahq256  :church  with the paper's architecture (parameter counts: tests/test_ddgan.py), batch, epochs
            and weights; their data come from tensorflow-datasets, prepared once.
