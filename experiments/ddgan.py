@@ -111,7 +111,7 @@ def points() -> ConfigDict:
 
 def smoke(config: ConfigDict) -> ConfigDict:
   """The default in seconds."""
-  config.model.update(latent=4, channels=8, embedding=8, mapping=0, discriminator_channels=4, time_embedding=8)
+  config.model.update(latent=4, hidden=8, layers=1)
   config.data.batch_size = 8
   config.stages.ddgan.steps = 2
   config.train.update(log_every_steps=1, checkpoint_every_steps=1)
@@ -129,4 +129,4 @@ def get_config(variant: str = '') -> ConfigDict:
     return config
   if variant == 'points':
     return points()
-  return smoke(unet()) if variant == 'smoke' else unet() if variant == 'unet' else digits()
+  return unet() if variant == 'unet' else smoke(digits()) if variant == 'smoke' else digits()

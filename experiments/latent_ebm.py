@@ -18,6 +18,9 @@ Deviations (paper / here / why):
   rates decay by 0.998 an epoch / cosine / the same end
   transposed convolutions, no encoder / depth to space / several times faster on a CPU
   the energy's last layer starts at random / at zero / the prior starts as N(0, I)
+Measured by the command above, seed 0: AUROC of a classifier between posterior codes and draws of N(0, I) 0.802, Langevin 0.505, SIR
+0.564 (standard error 0.026); Fréchet distance 18.9, 8.2, 5.5 (training images: 4.4).
+
 Short posterior chains do not arrive: on a linear-Gaussian model with the published 60 and 20 steps the learned prior has mean 0.86
 and variance 0.22 where maximum likelihood has 1.00 and 0.36 (tests/test_energy_prior.py); log p(x) is unknown, no bound is given.
 """

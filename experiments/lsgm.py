@@ -159,8 +159,8 @@ def published(variant: str) -> ConfigDict:
 
 def smoke() -> ConfigDict:
   config = nvae.smoke(digits())
-  config.model.update(channels=8, latent=1)
-  config.stages.lsgm.method.prior.update(map=(2, 4, 4, 1), channels=8, tolerance=0.1, steps=2)
+  config.model.update(groups=(1,), channels=4, latent=1)
+  config.stages.lsgm.method.prior.update(map=(1, 4, 4, 1), channels=4, tolerance=0.1, steps=2)
   config.evaluate.likelihood.update(samples=1, chunk=1)
   return config
 

@@ -11,6 +11,9 @@ The recipe: a generator under N(0, I) with short-run Langevin posteriors; then i
 posterior inferred anew under the prior so far. A ratio starts at zero, and ends at its lowest held-out cross-entropy: one that
 finds nothing to correct after `patience_steps` is handed on as zero, so that the number of stages follows the data.
 
+Measured by the command above, seed 0: AUROC of a classifier between posterior codes and draws of N(0, I) 0.735, Langevin 0.549, SIR
+0.554 (standard error 0.026); Fréchet distance 15.8, 5.2, 6.3 (training images: 4.4).
+
 No code of the authors was found, and of the paper only abstract, introduction and a figure's caption could be read: the schedule is
 our reading. Deviations (paper / here / why):
   latent dimension, widths, number of stages: unread / those of the latent EBM, three stages
@@ -25,44 +28,56 @@ import nvae
 
 VARIANTS = ('smoke', 'frozen', 'anomaly', 'svhn', 'celeba64')
 
+PAPER = (
+  dict(name='SVHN FID', paper=26.19, ours='', note='Inception features; not comparable with ours'),
+  dict(name='CelebA-64 FID', paper=35.38, ours='', note='Inception features; not comparable with ours'),
+)
+
+
+def ratio(one: dict, k: int, steps: int, patience: int, load: dict) -> dict:
+  """The stage of ratio `k`: a network that tells codes of data from samples of the prior so far."""
+  return dict(
+    steps=steps,
+    method=dict(one['method'], tilts=k + 1, objective='contrast', train=('prior',)),
+    optim=dict(prior=dict(one['optim']['prior'], learning_rate=1e-3)),
+    load=load,
+    best='contrast',
+    patience_steps=patience,
+  )
+
 
 def chain(config: ConfigDict, ratios: int, steps: int, again: int, patience: int) -> ConfigDict:
   """Turns the one stage of latent_ebm into `ratios` ratios with the generator's own stages before and between."""
   one = config.stages.ebm.to_dict()
   stages, load = {}, {}
-  for k in range(ratios + 1):
-    generator = dict(one, method=dict(one['method'], tilts=k, train=('generator',)), load=dict(load))
-    generator['optim'] = dict(generator=one['optim']['generator'])
-    generator['ema'] = dict(decoder=0.999)
-    if k:
-      generator['steps'] = again
-    if k < ratios:
-      stages[f'generator{k}'] = generator
-      load['decoder'] = f'generator{k}'
-      stages[f'ratio{k}'] = dict(
-        steps=steps,
-        method=dict(one['method'], tilts=k + 1, objective='contrast', train=('prior',)),
-        optim=dict(prior=dict(one['optim']['prior'], learning_rate=1e-3)),
-        load=dict(load),
-        best='contrast',
-        patience_steps=patience,
-      )
-      load[f'tilt{k}'] = f'ratio{k}'
+  for k in range(ratios):
+    stages[f'generator{k}'] = dict(
+      one,
+      steps=again if k else one['steps'],
+      method=dict(one['method'], tilts=k, train=('generator',)),
+      optim=dict(generator=one['optim']['generator']),
+      ema=dict(decoder=0.999),
+      load=dict(load),
+    )
+    load['decoder'] = f'generator{k}'
+    stages[f'ratio{k}'] = ratio(one, k, steps, patience, dict(load))
+    load[f'tilt{k}'] = f'ratio{k}'
   config.recipe, config.stages = tuple(stages), stages
   config.evaluate.tasks = (*config.evaluate.tasks, 'ratios')
   config.evaluate.ratios = dict()
   return config
 
 
-def frozen(config: ConfigDict, steps: int, patience: int) -> ConfigDict:
+def frozen(config: ConfigDict, ratios: int, steps: int, patience: int) -> ConfigDict:
   """The ratios alone, on the encoder of a VAE."""
   config = latent_ebm.two_stage(config)
-  vae = config.stages.vae.to_dict()
-  config = chain(config, 3, steps, 1, patience)
-  stages = {name: stage for name, stage in config.stages.to_dict().items() if name.startswith('ratio')}
-  for stage in stages.values():
-    stage['load'].update(encoder='vae', decoder='vae')
-  config.recipe, config.stages = ('vae', *stages), dict(vae=vae, **stages)
+  one, stages = config.stages.ebm.to_dict(), dict(vae=config.stages.vae.to_dict())
+  for k in range(ratios):
+    load = dict(encoder='vae', decoder='vae', **{f'tilt{i}': f'ratio{i}' for i in range(k)})
+    stages[f'ratio{k}'] = ratio(one, k, steps, patience, load)
+  config.recipe, config.stages = tuple(stages), stages
+  config.evaluate.tasks = (*config.evaluate.tasks, 'ratios')
+  config.evaluate.ratios = dict()
   return config
 
 
@@ -77,7 +92,7 @@ def get_config(variant: str = '') -> ConfigDict:
   config = latent_ebm.get_config('anomaly' if variant == 'anomaly' else '')
   config.train.checkpoint_every_steps = 100
   if variant == 'frozen':
-    return frozen(config, 1500, 400)
+    return frozen(config, 3, 1500, 400)
   config = chain(config, 2 if variant == 'smoke' else 3, 1500, 1500, 400)
   if variant == 'smoke':
     config = nvae.smoke(config)
@@ -85,9 +100,3 @@ def get_config(variant: str = '') -> ConfigDict:
       stage.method.update(hidden=(8,), prior_steps=2, posterior_steps=2, proposals=20)
     config.evaluate.partition.proposals = 20
   return config
-
-
-PAPER = (
-  dict(name='SVHN FID', paper=26.19, ours='', note='Inception features; not comparable with ours'),
-  dict(name='CelebA-64 FID', paper=35.38, ours='', note='Inception features; not comparable with ours'),
-)

@@ -142,6 +142,6 @@ def get_config(variant: str = '') -> ConfigDict:
     return config
   config = digits()
   if variant == 'smoke':
-    config.model.update(groups=(2, 2), latent=2, channels=8)
+    config.model.update(groups=(1, 1), latent=2, channels=4)
     return smoke(config)
   return config

@@ -10,7 +10,7 @@ Variants   :smoke (seconds)  :mnist  :fashion (data prepared once by tensorflow-
 Sweep      --sweep=seeds: three seeds
 
 Every prior is one more stage of the recipe, trained on posterior samples of the same encoder; the table and the grid of samples are
-the first thing in the report, the table also in tables/comparison.csv.
+the first thing in the report, the table also in tables/comparison.csv. Three seeds are in docs/results.md.
 
 Deviations: those of the experiment of each prior. The VampPrior's pseudo-inputs are trained with the network frozen (paper: jointly).
 """

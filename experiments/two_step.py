@@ -13,8 +13,8 @@ Stages as in experiments/pae.py. The task `manifold` reports log p(x) with respe
 it, and on the circle the total variation between angles of samples and of data.
 
 Measured with the default command (seed 0), total variation between angles of 10,000 samples and of 4,000 held-out points: one step
-0.124, two steps 0.052, at a mean distance of 0.023 and 0.004 from the circle; reconstruction error 0.016. Variants have not
-been run to their end.
+0.124, two steps 0.052, at a mean distance of 0.023 and 0.004 from the circle; reconstruction error 0.016. :one_step: held-out
+log p(x) 5.42 nats and rising when its steps end, angles 0.111: likelihood without limit, no better distribution.
 
 Deviations (paper / here / why):
   1,000 points on the circle / 4,000 / the histograms of held-out angles need as many

@@ -1,43 +1,48 @@
 """What every experiment must keep, on its smoke variant: a new file in experiments/ is tested by being there."""
 
+import dataclasses
 import functools
 import pathlib
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from latentgen import config as configs
-from latentgen.train import check, checkpoint, keys, loop, step as stepping
+from latentgen import config as configs, types
+from latentgen.train import check, checkpoint, keys, loop, sharding, step as stepping
 
 EXPERIMENTS = sorted((pathlib.Path(__file__).parents[1] / 'experiments').glob('*.py'))
 
-
-@functools.cache
 def build(path):
   file, config = configs.load(f'{path}:smoke')
-  return file, config, configs.build(config, pathlib.Path('unused'), mesh=_mesh())
-
-
-def _mesh():
-  from latentgen.train import sharding
-
-  return sharding.make_mesh(devices=jax.devices()[:1])
+  return file, config, configs.build(config, pathlib.Path('unused'), mesh=sharding.make_mesh(devices=jax.devices()[:1]))
 
 
 def cases():
   for path in EXPERIMENTS:
     for stage in configs.load(f'{path}:smoke')[1].recipe:
-      yield pytest.param(path, stage, id=f'{path.stem}-{stage}')
+      yield pytest.param((path, stage), id=f'{path.stem}-{stage}')
 
 
-CASES = list(cases())
+@dataclasses.dataclass
+class Steps:
+  """Two steps of a stage: the states after 0, 1 and 2 of them, the metrics of each, and where the data were in between."""
+
+  run: loop.Run
+  stage: types.Stage
+  states: list
+  metrics: list
+  traces: int
+  step: Callable
+  position: bytes
 
 
-@functools.cache
-def two_steps(path, name):
-  """(stage, states after 0, 1 and 2 steps, metrics of each step, number of traces, the step, the data iterator after 1)."""
+@pytest.fixture(scope='module', params=cases())
+def steps(request):
+  """One stage at a time: compiled programs hold many memory maps, of which a process may have some ten thousand."""
+  path, name = request.param
   run = build(path)[2]
   stage = next(s for s in run.recipe if s.name == name)
   function, _ = stepping.make_step(stage, run.preprocess)
@@ -49,49 +54,47 @@ def two_steps(path, name):
 
   step = jax.jit(counted)
   batches = run.iterator(stage)
-  state = jax.jit(functools.partial(stepping.init_state, stage, run.preprocess))(run.root, next(run.iterator(stage)))
-  states, found, health = [state], [], stepping.healthy()
-  for i in range(2):
+  initial = jax.jit(functools.partial(stepping.init_state, stage, run.preprocess))
+  place = functools.partial(jax.device_put, device=jax.devices()[0])  # as a restored state is: nothing compiles twice
+  state = place(initial(run.root, next(run.iterator(stage))))
+  states, found, health = [state], [], place(stepping.healthy())
+  for _ in range(2):
     position = batches.get_state()
-    state, health, metrics = step(state, health, keys.root(0), next(batches))
+    state, health, metrics = step(state, health, place(keys.root(0)), place(next(batches)))
     states.append(state)
     found.append(jax.device_get(metrics))
-  return stage, states, found, len(traces), step, position
+  yield Steps(run, stage, states, found, len(traces), step, position)
+  jax.clear_caches()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('path, name', CASES)
-def test_two_steps_are_finite_and_traced_once(path, name):
-  _, _, metrics, traces, *_ = two_steps(path, name)
-  assert all(np.isfinite(v) for found in metrics for v in found.values())
-  assert traces == 1
+def test_two_steps_are_finite_and_traced_once(steps):
+  assert all(np.isfinite(v) for found in steps.metrics for v in found.values())
+  assert steps.traces == 1
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('path, name', CASES)
-def test_a_step_after_a_checkpoint_is_the_step_without_it_to_the_bit(path, name, tmp_path):
+def test_a_step_after_a_checkpoint_is_the_step_without_it_to_the_bit(steps, tmp_path):
   """Parameters, statistics, chains, every optimiser and average come back, and the data go on where they were."""
-  run = build(path)[2]
-  stage, states, _, _, step, position = two_steps(path, name)
-  before = run.iterator(stage)
-  before.set_state(position)
+  _, one, two = steps.states
+  before = steps.run.iterator(steps.stage)
+  before.set_state(steps.position)
   store = checkpoint.Checkpoints(tmp_path)
-  store.save(1, states[1], before)
+  store.save(1, one, before)
   store.close()
-  again = run.iterator(stage)
-  shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), states[1])
+  again = steps.run.iterator(steps.stage)
+  shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), one)
   restored = checkpoint.Checkpoints(tmp_path).restore(1, shapes, again)
-  state, _, _ = step(restored, stepping.healthy(), keys.root(0), next(again))
-  jax.tree.map(np.testing.assert_array_equal, state, states[2])
+  state, _, _ = steps.step(restored, *jax.device_put((stepping.healthy(), keys.root(0), next(again)), jax.devices()[0]))
+  jax.tree.map(np.testing.assert_array_equal, state, two)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('path, name', CASES)
-def test_named_groups_move_and_no_others(path, name):
-  stage, states, *_ = two_steps(path, name)
-  moving = {g for u in stage.method.updates() for g in u.wrt}
-  for group in states[0].params:
-    same = jax.tree.map(lambda a, b: bool((a == b).all()), states[0].params[group], states[2].params[group])
+def test_named_groups_move_and_no_others(steps):
+  initial, _, last = steps.states
+  moving = {g for u in steps.stage.method.updates() for g in u.wrt}
+  for group in initial.params:
+    same = jax.tree.map(lambda a, b: bool((a == b).all()), initial.params[group], last.params[group])
     if group in moving:
       assert not all(jax.tree.leaves(same)), f'{group} did not move'
     else:
@@ -99,15 +102,14 @@ def test_named_groups_move_and_no_others(path, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('path, name', CASES)
-def test_samples_have_the_images_shape_and_range(path, name):
-  run = build(path)[2]
-  stage, states, *_ = two_steps(path, name)
-  variables = stepping.evaluation_variables(states[2])
-  for sampler in stage.method.samplers:
-    images = jax.jit(lambda v, key, s=sampler: stage.method.sample(v, key, 3, s))(variables, jax.random.key(1))
-    assert images.shape == (3, *run.data['train'].shape) and np.isfinite(images).all()
-    if run.data['train'].take([0])['image'].dtype == np.uint8:
+def test_samples_have_the_images_shape_and_range(steps):
+  method, data = steps.stage.method, steps.run.data['train']
+  variables = stepping.evaluation_variables(steps.states[2])
+  for sampler in method.samplers:
+    sample = jax.jit(lambda v, key, s=sampler: method.sample(v, key, 3, s))
+    images = sample(variables, jax.random.key(1))
+    assert images.shape == (3, *data.shape) and np.isfinite(images).all()
+    if data.take([0])['image'].dtype == np.uint8:
       assert 0 <= float(images.min()) and float(images.max()) <= 1
 
 
@@ -127,7 +129,7 @@ def test_frozen_statistics_are_handed_over(tmp_path):
   """Stage 2 sees the BatchNorm statistics that stage 1 ended with, and leaves them alone."""
   path = next(p for p in EXPERIMENTS if p.stem == 'nvae_nce')
   _, config = configs.load(f'{path}:smoke')
-  run = configs.build(config, tmp_path, mesh=_mesh())
+  run = configs.build(config, tmp_path, mesh=sharding.make_mesh(devices=jax.devices()[:1]))
   loop.train(run)
   one, two = (loop.load_variables(run, stage) for stage in run.recipe)
   for group in ('encoder', 'decoder'):

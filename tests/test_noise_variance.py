@@ -529,6 +529,6 @@ np.testing.assert_allclose(changed['batch_stats']['mse'], 0.99 + 0.01 * 0.25, rt
 @pytest.mark.slow
 def test_analytic_scale_is_of_the_whole_batch_where_it_is_split_over_devices():
   path = str(pathlib.Path(__file__).parents[1] / 'src')
-  env = {**os.environ, 'PYTHONPATH': path, 'XLA_FLAGS': '--xla_force_host_platform_device_count=2'}
+  env = {**os.environ, 'PYTHONPATH': path, 'XLA_FLAGS': os.environ['XLA_FLAGS'] + ' --xla_force_host_platform_device_count=2'}
   done = subprocess.run([sys.executable, '-c', SHARDED], capture_output=True, text=True, timeout=200, env=env)
   assert done.returncode == 0, done.stderr[-2000:]
