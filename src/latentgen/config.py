@@ -23,9 +23,9 @@ from ml_collections import ConfigDict
 
 from latentgen.errors import UserError, near
 
-OPEN = ('data', 'model', 'evaluate.*', 'stages.*.method', 'stages.*.method.prior', 'stages.*.optim.*')
+OPEN = ('data', 'model', 'train', 'evaluate.*', 'stages.*.method', 'stages.*.method.prior', 'stages.*.optim.*')
 # sections whose options belong to what they configure, which checks them itself
-TOP_LEVEL = ('data', 'model', 'recipe', 'stages', 'evaluate', 'mesh', 'train', 'seed', 'paper', 'image_shape')
+TOP_LEVEL = ('data', 'model', 'recipe', 'stages', 'evaluate', 'mesh', 'train', 'debug', 'seed', 'paper', 'image_shape')
 
 
 # ------------------------------------------------------------------------------------------- files and overrides
@@ -73,6 +73,8 @@ def load(spec: str) -> tuple[File, ConfigDict]:
   if variant not in variants:
     raise UserError(f'--config: {name} has no variant {variant!r}{near(variant, variants[1:])}')
   config = module.get_config(variant)
+  with config.unlocked():
+    config.debug = {'nan_check': False, **config.get('debug', {})}
   return File(path, variant, module), config.lock()
 
 
@@ -352,7 +354,17 @@ def build(config: ConfigDict, workdir: pathlib.Path, mesh: Any = None, shapes_on
     if key in config.get('mesh', {}):
       settings[key] = config['mesh'][key]
   for key, value in settings.items():
-    if key.endswith('_steps') and (not isinstance(value, int) or value < 1):
+    if (key.endswith('_steps') or key in ('keep_checkpoints', 'accumulate')) and (type(value) is not int or value < 1):
       raise UserError(f'config.train.{key} is {value!r}, need a positive whole number')
+  if not isinstance(hours := settings.get('keep_every_hours', 0.0), (int, float)) or not 0 <= hours < float('inf'):
+    raise UserError(f'config.train.keep_every_hours is {hours!r}, need a number of at least 0')
+  if settings.get('nonfinite', 'stop') not in ('stop', 'skip'):
+    raise UserError(f"config.train.nonfinite is {settings['nonfinite']!r}, need 'stop' or 'skip'")
+  parts = settings.get('accumulate', 1)
+  if batch_size % (parts * mesh.size):
+    raise UserError(f'config.train.accumulate is {parts}: it and the {mesh.size} devices do not divide the batch of {batch_size}')
+  if not isinstance(nan_check := config.get('debug', {}).get('nan_check', False), bool):
+    raise UserError(f'config.debug.nan_check is {nan_check!r}, need True or False')
+  settings['nan_check'] = nan_check
   settings = call(loop.Settings, 'config.train', settings, seed, batch_size)
   return loop.Run(recipe, splits, preprocess, mesh, workdir, settings)

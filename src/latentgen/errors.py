@@ -28,3 +28,15 @@ def near(word: object, known: Iterable[str]) -> str:
 
 class TrainingDiverged(Exception):
   """A loss, metric or gradient was not finite: says which, where, and what to try. Exit status 1."""
+
+
+class Damaged(UserError):
+  """A checkpoint that cannot be read, though its shapes are not known to be wrong."""
+
+
+class SaveFailed(Exception):
+  """A checkpoint could not be written: says which, and why. Exit status 1."""
+
+
+class Preempted(Exception):
+  """SIGTERM came; everything is saved. Exit status 143, upon which schedulers start the command again."""

@@ -1,16 +1,20 @@
 """The command line: python -m latentgen.main --config=experiments/nvae_nce.py[:variant] [--config.key=value ...].
 
-Exit status 0: done. 2: bad input, said in one line, nothing touched. 1: the run itself failed (say, a loss that is not finite).
+Exit status 0: done. 2: bad input, said in one line, nothing touched. 1: the run itself failed (say, a loss that is not finite, a
+full disk). 143: stopped by SIGTERM with everything saved, to be started again.
 """
 
 import argparse
 from collections.abc import Sequence
+import errno
 import os
 import pathlib
 import sys
+from typing import Any, NoReturn
 
-from latentgen.errors import TrainingDiverged, UserError, did_you_mean
+from latentgen.errors import Preempted, SaveFailed, TrainingDiverged, UserError, did_you_mean
 
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 MODES = ('train', 'evaluate', 'sample', 'estimate', 'collect')
 
 
@@ -137,14 +141,22 @@ def cli() -> None:
   try:
     main(sys.argv[1:])
   except UserError as error:
-    print(f'latentgen: {error}', file=sys.stderr)
-    sys.exit(2)
-  except TrainingDiverged as error:
-    print(f'latentgen: {error}', file=sys.stderr)
-    sys.exit(1)
+    _leave(2, error)
+  except (TrainingDiverged, SaveFailed) as error:
+    _leave(1, error)
+  except Preempted as error:
+    _leave(143, error)
   except KeyboardInterrupt:
-    print('latentgen: interrupted; the same command goes on from the last checkpoint', file=sys.stderr)
-    sys.exit(130)
+    _leave(130, 'interrupted; the same command goes on from the last checkpoint')
+  except OSError as error:
+    if error.errno not in DISK:
+      raise
+    _leave(1, f'{error.filename or "a file"} could not be written ({error.strerror}); the same command goes on from the last checkpoint')
+
+
+def _leave(status: int, message: Any) -> NoReturn:
+  print(f'latentgen: {message}', file=sys.stderr)
+  sys.exit(status)
 
 
 if __name__ == '__main__':

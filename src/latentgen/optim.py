@@ -1,6 +1,7 @@
 """Optimisers by name: optax, with a learning-rate schedule, L2 decay, clipping and factors by parameter around it."""
 
 from collections.abc import Sequence
+import functools
 import inspect
 import re
 
@@ -9,7 +10,7 @@ import optax
 
 from latentgen.errors import UserError, near
 
-WRAPPER = ('name', 'learning_rate', 'final_learning_rate', 'warmup_steps', 'schedule', 'weight_decay', 'clip_norm', 'rates')
+WRAPPER = ('name', 'learning_rate', 'final_learning_rate', 'warmup_steps', 'schedule', 'weight_decay', 'clip_norm', 'skip_norm', 'rates')
 SCHEDULES = ('cosine', 'exponential', 'stairs')
 STAIRS, GROWTH = 8, 3  # stair i lasts 3^i parts of the stage
 
@@ -24,6 +25,7 @@ def build(
   schedule: str = 'cosine',
   weight_decay: float = 0.0,
   clip_norm: float = 0.0,
+  skip_norm: float = 0.0,
   rates: Sequence[tuple[str, float]] = (),
   **options,
 ) -> optax.GradientTransformation:
@@ -40,6 +42,7 @@ def build(
       held three times as long as the one before (Burda et al., 2015, arXiv 1509.00519, section 5).
     weight_decay: added to the gradient times the parameter before the optimiser (L2, as torch does; optax's adamw decouples).
     clip_norm: clips the global norm of the gradient; 0 is off.
+    skip_norm: leaves out the update, the optimiser's state untouched, where the gradient's norm is larger; 0 is off.
     rates: pairs (regular expression over 'decoder/log_scale' and the like, factor on the learning rate); the first match
       wins, and what none matches has factor 1. A pattern may match nothing, as those of config.mesh.rules may.
     **options: further arguments of the optax function.
@@ -59,7 +62,7 @@ def build(
     raise UserError(f'{where}.learning_rate is {learning_rate!r}, need a positive number')
   if final_learning_rate is not None and not 0 <= final_learning_rate:
     raise UserError(f'{where}.final_learning_rate is {final_learning_rate!r}, need a number of at least 0')
-  for key, value in (('warmup_steps', warmup_steps), ('weight_decay', weight_decay), ('clip_norm', clip_norm)):
+  for key, value in (('warmup_steps', warmup_steps), ('weight_decay', weight_decay), ('clip_norm', clip_norm), ('skip_norm', skip_norm)):
     if value < 0:
       raise UserError(f'{where}.{key} is {value!r}, need at least 0')
   if warmup_steps and steps and warmup_steps >= steps:
@@ -73,7 +76,11 @@ def build(
   chain.append(function(learning_rate=rate, **options))
   if rates:
     chain.append(_scaled(f'{where}.rates', rates))
-  return optax.chain(*chain)
+  whole = optax.chain(*chain)
+  if skip_norm:
+    large = functools.partial(optax.skip_large_updates, max_squared_norm=skip_norm**2)
+    return optax.MultiSteps(whole, 1, should_skip_update_fn=large).gradient_transformation()
+  return whole
 
 
 def _scaled(where: str, rates: Sequence[tuple[str, float]]) -> optax.GradientTransformation:

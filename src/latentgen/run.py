@@ -70,6 +70,8 @@ def train(command: Command) -> None:
   run, mine = _open(command)
   evaluation.check_subject(tasks(command.config), run.data, run.recipe[-1].method)
   with workdirs.claim(command.workdir, mine):
+    for line in workdirs.changes(command.workdir, mine):
+      say(line)
     loop.train(run)
     _evaluate(command, run, mine)
 
@@ -106,7 +108,8 @@ def _evaluate(command: Command, run: loop.Run, mine: dict[str, Any]) -> None:
     findings.merge(evaluation.run_all(target, {name: options}))
   if jax.process_index():
     return
-  evaluation.write_results(command.workdir / 'results.json', findings.results)
+  made = {k: mine[k] for k in ('versions', 'revision', 'seed', 'mesh', 'data')}
+  evaluation.write_results(command.workdir / 'results.json', findings.results, made)
   pictures = evaluation.write_pictures(command.workdir / 'samples' / stage, findings.images)
   evaluation.write_tables(command.workdir / 'tables', findings.tables)
   rows = [json.loads(line) for line in (command.workdir / 'metrics.jsonl').read_text().splitlines()]

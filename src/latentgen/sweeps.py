@@ -79,8 +79,8 @@ def collect(file: File, name: str, sets: Sequence[Mapping[str, Any]], workdir: p
   for i, overrides in enumerate(sets):
     path = workdir / f'{name}-{i}' / 'results.json'
     try:
-      results = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+      results = {name: value for name, value in json.loads(path.read_text()).items() if name != 'run'}
+    except (OSError, ValueError, AttributeError) as error:
       hint = 'train it first' if isinstance(error, FileNotFoundError) else f'cannot be read ({type(error).__name__})'
       raise UserError(f'--workdir: run {i} of sweep {name!r} has no results: {path}; {hint}') from error
     members.append(Member(f'{name}-{i}', overrides, results))

@@ -266,3 +266,4 @@ class TrainState:
   carry: Any
   opt: Any  # {update: optimiser state}
   ema: Any  # {group: tree}
+  skipped: Array  # [] int32, steps undone as something in them was not finite

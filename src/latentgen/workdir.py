@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import platform
+import subprocess
 import tempfile
 from typing import Any
 
@@ -16,7 +17,7 @@ from latentgen.config import File, flatten
 from latentgen.errors import UserError
 
 PACKAGES = ('latentgen', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy', 'ml-collections')
-FREE = ('evaluate.', 'paper.', 'train.log_every_steps', 'mesh.')  # what may differ when a run is resumed
+FREE = ('evaluate.', 'paper.', 'train.log_every_steps', 'train.keep_', 'mesh.', 'debug.')  # what may differ when a run is resumed
 
 
 def describe(file: File, config: dict[str, Any], overrides: dict[str, Any], mesh: jax.sharding.Mesh) -> dict[str, Any]:
@@ -31,9 +32,26 @@ def describe(file: File, config: dict[str, Any], overrides: dict[str, Any], mesh
     'config': config,
     'overrides': {k: str(v) for k, v in overrides.items()},
     'versions': versions,
+    'revision': revision(file.path.parent),
     'seed': config.get('seed', 0),
     'mesh': {**{k: int(v) for k, v in mesh.shape.items()}, 'device': mesh.devices.flat[0].device_kind},
   }
+
+
+def revision(folder: pathlib.Path) -> str | None:
+  """The git commit that a folder is at, '-dirty' if changed since; None outside git."""
+  command = ['git', '-C', str(folder.absolute()), 'describe', '--always', '--dirty', '--abbrev=12', '--exclude=*']
+  with contextlib.suppress(OSError, subprocess.SubprocessError):
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+  return None
+
+
+def changes(workdir: pathlib.Path, mine: dict[str, Any]) -> list[str]:
+  """What is not as it was when the run began, a line each: versions, the code's commit, the mesh."""
+  found = read(workdir) or {}
+  pairs = {f'{name}': (found.get('versions', {}).get(name), new) for name, new in mine['versions'].items()}
+  pairs |= {name: (found.get(name), mine[name]) for name in ('revision', 'mesh')}
+  return [f'{name} was {old} when this run began and is {new} now' for name, (old, new) in pairs.items() if old and old != new]
 
 
 def read(workdir: pathlib.Path) -> dict[str, Any] | None:

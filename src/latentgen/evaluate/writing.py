@@ -8,6 +8,7 @@ import math
 import os
 import pathlib
 import re
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -37,13 +38,14 @@ def natural(name: str) -> list:
   return [(1, int(part), '') if part.isdigit() else (0, 0, part) for part in re.split(r'(\d+)', name)]
 
 
-def write_results(path: str | os.PathLike, results: Mapping[str, Result]) -> None:
-  """Writes `results.json`: {name: {value, unit, n, stderr}}.
+def write_results(path: str | os.PathLike, results: Mapping[str, Result], run: Mapping[str, Any] | None = None) -> None:
+  """Writes `results.json`: {name: {value, unit, n, stderr}}, before them {'run': what they were made with} if given.
 
   Raises:
     ValueError: if a number is not finite; nothing is written then.
   """
-  text = json.dumps(as_json(results), indent=2, allow_nan=False) + '\n'
+  found = {'run': dict(run)} if run else {}
+  text = json.dumps({**found, **as_json(results)}, indent=2, allow_nan=False) + '\n'
   replace_file(path, text.encode())
 
 

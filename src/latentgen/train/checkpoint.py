@@ -1,7 +1,8 @@
-"""Checkpoints by Orbax, in four verbs: latest, save, restore, load_params. Nothing else imports Orbax.
+"""Checkpoints by Orbax: latest, save, restore, load_params. Nothing else imports Orbax.
 
-Layout: <workdir>/checkpoints/<stage>/<step>/. Saves are asynchronous and atomic: a killed save leaves a temporary folder that
-is never listed.
+Layout: <workdir>/checkpoints/<stage>/<step>/, the damaged ones in <workdir>/checkpoints/damaged/<stage>-<step>/. Saves are
+asynchronous and atomic: a killed save leaves a temporary folder that is never listed. Each holds the state, where the data are, and
+the shapes of the state, by which a checkpoint of another model is told from a damaged one.
 """
 
 from collections.abc import Mapping
@@ -11,9 +12,10 @@ import shutil
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 import orbax.checkpoint as ocp
 
-from latentgen.errors import UserError
+from latentgen.errors import Damaged, SaveFailed, UserError
 from latentgen.types import TrainState
 
 logging.getLogger('absl').addFilter(lambda record: 'Waiting for previous' not in record.getMessage())
@@ -26,12 +28,15 @@ class Checkpoints:
     folder: <workdir>/checkpoints/<stage>.
     keep: how many of the newest to keep.
     best: name of a validation metric (lower is better); its best step is kept as well.
+    hours: keep, besides, one for every so many hours of training; 0: none.
   """
 
-  def __init__(self, folder: pathlib.Path, keep: int = 2, best: str | None = None):
+  def __init__(self, folder: pathlib.Path, keep: int = 2, best: str | None = None, hours: float = 0.0):
     self._folder = folder.absolute()
     self._best = best
     policies = [ocp.checkpoint_managers.LatestN(keep)]
+    if hours:
+      policies.append(ocp.checkpoint_managers.EveryNSeconds(round(3600 * hours)))
     if best:
       policies.append(
         ocp.checkpoint_managers.BestN(get_metric_fn=lambda m: m[best], n=1, reverse=True, keep_checkpoints_without_metrics=False)
@@ -70,30 +75,52 @@ class Checkpoints:
     """Starts an asynchronous save of the state and the data iterator; the state may be donated right after."""
     import grain
 
-    items = {'state': ocp.args.StandardSave(state)}
+    items = {'state': ocp.args.StandardSave(state), 'shapes': ocp.args.JsonSave(_shapes(state))}
     if data is not None:
       items['data'] = grain.checkpoint.CheckpointSave(data)
-    self._open().save(step, args=ocp.args.Composite(**items), metrics=dict(metrics) if metrics else None)
+    try:
+      self._open().save(step, args=ocp.args.Composite(**items), metrics=dict(metrics) if metrics else None)
+    except Exception as error:  # of this save or of the one before it, which it waits for
+      raise self._failed(error) from error
+
+  def _failed(self, error: Exception) -> SaveFailed:
+    return SaveFailed(
+      f'a checkpoint could not be written to {self._folder} ({_reason(error)}); free space there, and the same command goes on '
+      f'from step {self.latest()}'
+    )
 
   def restore(self, step: int, abstract: TrainState, data: Any = None) -> TrainState:
     """Restores onto the shardings of `abstract` and, if given, sets the data iterator.
 
     Raises:
-      UserError: if the checkpoint is damaged or of another shape.
+      Damaged: if the checkpoint cannot be read.
+      UserError: if it is of other shapes.
     """
     import grain
 
-    items: dict[str, Any] = {'state': ocp.args.StandardRestore(abstract)}
-    if data is not None:
-      items['data'] = grain.checkpoint.CheckpointRestore(data)
+    where = f'checkpoint {self._folder / str(step)}'
     try:
-      return self._open().restore(step, args=ocp.args.Composite(**items))['state']
+      known = self._open().restore(step, args=ocp.args.Composite(shapes=ocp.args.JsonRestore()))['shapes']
+      items: dict[str, Any] = {'state': ocp.args.StandardRestore(abstract)}
+      if data is not None:
+        items['data'] = grain.checkpoint.CheckpointRestore(data)
+      if not (other := _difference(known, _shapes(abstract))):
+        return self._open().restore(step, args=ocp.args.Composite(**items))['state']
     except Exception as error:  # Orbax and tensorstore raise many types for damaged files
-      reason = ' '.join(str(error).split())[:200]
-      raise UserError(
-        f'checkpoint {self._folder / str(step)} cannot be read ({type(error).__name__}: {reason}); delete that folder to '
-        'go on from the one before it'
-      ) from error
+      raise Damaged(f'{where} cannot be read ({_reason(error)}); --mode=train goes on from the one before it') from error
+    raise UserError(f'{where} is of another model: {other}; take the code that wrote it, or another --workdir')
+
+  def set_aside(self, step: int) -> pathlib.Path:
+    """Moves a damaged checkpoint out of the way, where it can be looked at."""
+    self.close()
+    target = self._folder.parent / 'damaged' / f'{self._folder.name}-{step}'
+    if jax.process_index() == 0:
+      target.parent.mkdir(exist_ok=True)
+      shutil.rmtree(target, ignore_errors=True)
+      (self._folder / str(step)).rename(target)
+    if jax.process_count() > 1:
+      multihost_utils.sync_global_devices('set_aside')
+    return target
 
   def load_params(self, abstract: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
     """(params, stats) that this stage hands on: averaged parameters where it keeps an average."""
@@ -103,11 +130,45 @@ class Checkpoints:
     state = self.restore(step, abstract)
     return {**state.params, **state.ema}, dict(state.stats)
 
+  def scored(self) -> int | None:
+    """The newest step that was saved with its validation metrics."""
+    manager = self._open()
+    return max((s for s in manager.all_steps() if manager.metrics(s)), default=None)
+
   def wait(self) -> None:
+    """Until the last save is whole.
+
+    Raises:
+      SaveFailed: if it cannot be.
+    """
     if self._manager is not None:
-      self._manager.wait_until_finished()
+      try:
+        self._manager.wait_until_finished()
+      except Exception as error:
+        raise self._failed(error) from error
 
   def close(self) -> None:
     if self._manager is not None:
       self._manager.close()
       self._manager = None
+
+
+def _reason(error: Exception) -> str:
+  return f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'
+
+
+def _shapes(state: TrainState) -> dict[str, list]:
+  """{path of a leaf: [shape, type]}."""
+  return {
+    jax.tree_util.keystr(path, simple=True, separator='/'): [list(leaf.shape), str(leaf.dtype)]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+  }
+
+
+def _difference(found: Mapping[str, list], wanted: Mapping[str, list]) -> str:
+  """The first leaf in which two states differ, '' if there is none."""
+  for path in sorted(found.keys() | wanted.keys()):
+    if found.get(path) != wanted.get(path):
+      there, here = ('missing' if d.get(path) is None else f'{d[path][1]} {d[path][0]}' for d in (found, wanted))
+      return f'{path} is {there} there and {here} here'
+  return ''

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from latentgen.data import pipeline
-from latentgen.errors import TrainingDiverged, UserError
-from latentgen.train import check, keys, sharding, step as stepping
+from latentgen.errors import Damaged, Preempted, TrainingDiverged, UserError
+from latentgen.train import check, debug, keys, sharding, step as stepping
 from latentgen.train.checkpoint import Checkpoints
+from latentgen.train.preemption import Notice
 from latentgen.train.writers import Clock, Metrics, StageProgress, say
 from latentgen.types import Recipe, Stage, TrainState, Variables
 
@@ -27,6 +28,10 @@ class Settings:
   log_every_steps: int = 50
   checkpoint_every_steps: int = 500
   keep_checkpoints: int = 2
+  keep_every_hours: float = 0.0
+  accumulate: int = 1  # parts of a batch, held one at a time
+  nonfinite: str = 'stop'  # or 'skip'
+  nan_check: bool = False  # config.debug
   rules: tuple[tuple[str, str], ...] = sharding.DEFAULT_RULES
   min_shard_size: int = 2**16
 
@@ -56,7 +61,8 @@ class Run:
     return keys.root(self.settings.seed)
 
   def checkpoints(self, stage: Stage) -> Checkpoints:
-    return Checkpoints(self.workdir / 'checkpoints' / stage.name, self.settings.keep_checkpoints, stage.best)
+    settings = self.settings
+    return Checkpoints(self.workdir / 'checkpoints' / stage.name, settings.keep_checkpoints, stage.best, settings.keep_every_hours)
 
   def put(self, batch: Any) -> Any:
     return sharding.put_batch(batch, self.mesh)
@@ -109,15 +115,17 @@ def _waited(stage: Stage, store: Checkpoints) -> bool:
   """Whether the stage's metric has not been better for as long as the stage has patience."""
   if not stage.patience_steps or store.latest() is None:
     return False
-  return store.latest() - store.chosen() >= stage.patience_steps
+  return store.scored() - store.chosen() >= stage.patience_steps
 
 
 def train(run: Run) -> None:
-  """Trains every stage that is not finished yet.
+  """Trains every stage that is not finished yet; where a checkpoint is damaged, on from the one before it.
 
   Raises:
     UserError: if the recipe or its data cannot work.
     TrainingDiverged: on the first value that is not finite.
+    Preempted: after SIGTERM, when all is saved.
+    SaveFailed: if a checkpoint cannot be written.
   """
   check.check_names(run.recipe)
   sharding.check_batch(run.settings.batch_size, run.mesh)
@@ -125,11 +133,46 @@ def train(run: Run) -> None:
     run.abstract(stage)  # all complaints before any work
   metrics = Metrics(run.workdir)
   try:
-    for index, stage in enumerate(run.recipe):
-      if not finished(run, stage):
-        (_fit if stage.fit is not None else _train_stage)(run, index, metrics)
+    with Notice() as notice:
+      for index, stage in enumerate(run.recipe):
+        if finished(run, stage) and _sound(run, stage):
+          continue
+        if stage.fit is not None:
+          _fit(run, index, metrics)
+        else:
+          _train_stage(run, index, metrics, notice)
   finally:
     metrics.close()
+
+
+def _sound(run: Run, stage: Stage) -> bool:
+  """Whether what a finished stage hands on can be read; sets it aside if not."""
+  store = run.checkpoints(stage)
+  try:
+    store.load_params(run.abstract(stage))
+    return True
+  except Damaged as error:
+    _set_aside(store, store.chosen(), error)
+    return finished(run, stage) and _sound(run, stage)
+  finally:
+    store.close()
+
+
+def _set_aside(store: Checkpoints, step: int, error: Damaged) -> None:
+  say(f'{error}; the damaged one is now {store.set_aside(step)}')
+
+
+def _resume(run: Run, stage: Stage, store: Checkpoints) -> tuple[TrainState, int, Any]:
+  """(state, step, data iterator) of the newest sound checkpoint, or of the beginning."""
+  while (step := store.latest()) is not None:
+    iterator = run.iterator(stage)
+    try:
+      state = store.restore(step, run.abstract(stage), iterator)
+      say(f'{stage.name}: resuming from step {step}')
+      return state, step, iterator
+    except Damaged as error:
+      _set_aside(store, step, error)
+  return _initial(run, stage, run.abstract(stage)), 0, run.iterator(stage)
 
 
 def _initial(run: Run, stage: Stage, abstract: TrainState) -> TrainState:
@@ -165,24 +208,20 @@ def _same_shapes(given: Any, wanted: Any, where: str) -> None:
     raise UserError(f'{where}: the shapes of the earlier stage differ from those that this stage needs')
 
 
-def _train_stage(run: Run, index: int, metrics: Metrics) -> None:
+def _train_stage(run: Run, index: int, metrics: Metrics, notice: Notice) -> None:
   stage, settings = run.recipe[index], run.settings
   store, abstract = run.checkpoints(stage), run.abstract(stage)
   for line in sharding.describe(abstract.params, jax.tree.map(lambda a: a.sharding, abstract.params)):
     say(f'{stage.name}: parameters {line}')
-  iterator = run.iterator(stage)
-  clock, step = Clock(run.workdir), store.latest()
-  if step is not None:
-    state = store.restore(step, abstract, iterator)
-    say(f'{stage.name}: resuming from step {step}')
-  else:
-    state, step = _initial(run, stage, abstract), 0
-  metrics.rewind([s.name for s in run.recipe], stage.name, step)
+  clock = Clock(run.workdir)
+  state, step, iterator = _resume(run, stage, store)
+  metrics.rewind(stage.name, step)
 
-  function, terms = stepping.make_step(stage, run.preprocess)
+  skip = settings.nonfinite == 'skip'
+  function, terms = stepping.make_step(stage, run.preprocess, settings.accumulate, skip)
   whole = sharding.replicated(run.mesh)
   out = (jax.tree.map(lambda a: a.sharding, abstract), whole, whole)
-  compiled = jax.jit(function, donate_argnums=(0, 1), out_shardings=out)
+  compiled = jax.jit(function, donate_argnums=() if settings.nan_check else (0, 1), out_shardings=out)
   validate = _validator(run, stage) if stage.best else None
   if validate and store.latest() is None:  # where a stage starts may be the best of it
     scores = validate(state)
@@ -198,18 +237,21 @@ def _train_stage(run: Run, index: int, metrics: Metrics) -> None:
   try:
     with jax.transfer_guard('disallow'):
       while step < stage.steps:
-        state, health, found = compiled(state, health, key, run.put(next(iterator)))
+        before, raw = state if settings.nan_check else None, run.put(next(iterator))
+        state, health, found = compiled(state, health, key, raw)
         step += 1
         if wait or step == first + 1:
           jax.block_until_ready(state)
         if step == first + 1:
           progress.compiled()
-        last = step == stage.steps
+        last, stop = step == stage.steps, notice.given()
         logs, saves = step % settings.log_every_steps == 0 or last, step % settings.checkpoint_every_steps == 0 or last
-        if logs or saves:
-          _check_health(health, terms, stage)
+        if logs or saves or stop or settings.nan_check:
+          _check_health(health, terms, stage, functools.partial(debug.culprit, function, before, key, raw))
         if logs:
           values = _ran(stage, step - 1, jax.device_get(found))
+          if skip:
+            values = {k: v for k, v in values.items() if np.isfinite(v)} | {'skipped': float(jax.device_get(state.skipped))}
           metrics.write(stage.name, step, values)
           metrics.speed(stage.name, step, progress.rate(step))
           progress.show(step, values)
@@ -224,18 +266,24 @@ def _train_stage(run: Run, index: int, metrics: Metrics) -> None:
             if _waited(stage, store):
               say(f'{stage.name}: {stage.best} was best at step {store.chosen()}; stopping at {step}')
               break
+        if stop:
+          if not saves:
+            store.save(step, state, iterator)
+            clock.add(stage.name)
+          store.wait()
+          raise Preempted(f'stopped by SIGTERM; all is saved, and the same command goes on from step {step} of {stage.name!r}')
   finally:
     progress.close()
     store.wait()
     store.close()
 
 
-def _check_health(health: stepping.Health, terms: list[str], stage: Stage) -> None:
+def _check_health(health: stepping.Health, terms: list[str], stage: Stage, culprit: Callable[[], str]) -> None:
   step, term = (int(x) for x in jax.device_get((health['step'], health['term'])))
   if step >= 0:
     raise TrainingDiverged(
-      f'stage {stage.name!r}: {terms[term]} was not finite at step {step}; the last good checkpoint is kept. Lower '
-      f'config.stages.{stage.name}.optim.*.learning_rate, or set clip_norm there'
+      f'stage {stage.name!r}: {terms[term]} was not finite at step {step}; the last good checkpoint is kept. {culprit()}. Lower '
+      f"config.stages.{stage.name}.optim.*.learning_rate, set clip_norm there, or config.train.nonfinite to 'skip'"
     )
 
 
@@ -270,7 +318,7 @@ def _fit(run: Run, index: int, metrics: Metrics) -> None:
   """A stage in closed form."""
   stage, abstract, clock = run.recipe[index], run.abstract(run.recipe[index]), Clock(run.workdir)
   say(f'[{index + 1}/{len(run.recipe)}] {stage.name}: fitting')
-  metrics.rewind([s.name for s in run.recipe], stage.name, -1)
+  metrics.rewind(stage.name, -1)
   state = _initial(run, stage, abstract)
   key = keys.named(run.root, stage.name)
   preprocess = jax.jit(functools.partial(run.preprocess, train=False))

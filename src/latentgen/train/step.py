@@ -23,6 +23,37 @@ def gradient(update: Update, params: Params, ctx: Context) -> tuple[tuple[Array,
   return jax.value_and_grad(lambda p: update.loss({**params, **p}, ctx), has_aux=True)(moved)
 
 
+def accumulated(update: Update, params: Params, ctx: Context) -> tuple[tuple[Array, Aux], Params]:
+  """As `gradient`, of the mean over the parts on the first axis of `ctx.batch` and `ctx.shared`, of which one is held at a time.
+
+  Every part has noise of its own; changes of statistics go from part to part.
+  """
+
+  def one(i: Array, batch: Any, shared: Any, stats: Any):
+    part = ctx.replace(batch=batch, shared=shared, key=jax.random.fold_in(ctx.key, i), stats=stats)
+    (loss, aux), grads = gradient(update, params, part)
+    return (loss, dict(aux.metrics), grads), {**stats, **aux.stats}, dict(aux.stats)
+
+  parts = len(jax.tree.leaves(ctx.batch)[0])
+  rows = jnp.arange(parts), ctx.batch, ctx.shared
+  first = jax.tree.map(lambda x: x[0], rows)
+  shapes, _, changed = jax.eval_shape(one, *first, dict(ctx.stats))
+
+  def body(carry, row):
+    total, stats = carry
+    found, stats, _ = one(*row, stats)
+    return (jax.tree.map(lambda t, f: t + f / parts, total, found), stats), None
+
+  zero = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.result_type(s.dtype, jnp.float32)), shapes)
+  ((loss, metrics, grads), stats), _ = jax.lax.scan(body, (zero, dict(ctx.stats)), rows)
+  return (loss, Aux(metrics, {name: stats[name] for name in changed})), grads
+
+
+def split(batch: Any, parts: int) -> Any:
+  """[b, ...] -> [parts, b / parts, ...], example i to part i mod parts, so that each device keeps its own."""
+  return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1), batch)
+
+
 def init_state(stage: Stage, preprocess: Preprocess, key: Key, raw: Any) -> TrainState:
   """The state of a stage before its first step; pure, to be jitted with out_shardings."""
   batch = preprocess(keys.named(key, 'preprocess'), raw, True)
@@ -36,6 +67,7 @@ def init_state(stage: Stage, preprocess: Preprocess, key: Key, raw: Any) -> Trai
     carry=variables.get('carry', ()),
     opt=optimiser_state(stage, params),
     ema={g: params[g] for g in stage.ema},
+    skipped=jnp.zeros((), jnp.int32),
   )
   return jax.tree.map(lambda x: jnp.asarray(x, x.dtype), state)  # weak types would trace the second step anew
 
@@ -55,8 +87,14 @@ def healthy() -> Health:
   return {'step': jnp.full((), -1, jnp.int32), 'term': jnp.full((), -1, jnp.int32)}
 
 
-def make_step(stage: Stage, preprocess: Preprocess) -> tuple[Callable[..., Any], list[str]]:
+def make_step(stage: Stage, preprocess: Preprocess, parts: int = 1, skip: bool = False) -> tuple[Callable[..., Any], list[str]]:
   """Builds the pure step function of a stage.
+
+  Args:
+    stage: what is trained.
+    preprocess: (key, raw batch, train) -> batch.
+    parts: gradients are means over so many parts of the batch, computed one after the other.
+    skip: a step of which a loss, metric or gradient is not finite changes nothing but the counts of steps and of skipped ones.
 
   Returns:
     step: (state, health, stage key, raw batch) -> (state, health, {'update/metric': scalar}).
@@ -64,11 +102,12 @@ def make_step(stage: Stage, preprocess: Preprocess) -> tuple[Callable[..., Any],
   """
   method, updates = stage.method, stage.method.updates()
   terms: list[str] = []
+  differentiate = gradient if parts == 1 else accumulated
 
   def run(i: int, update: Update, params: Params, opt: Any, ctx: Context):
     """One update -> its groups' new parameters, optimiser state, changed stats, metrics."""
     ctx = ctx.replace(key=jax.random.fold_in(ctx.key, keys.UPDATES + i))
-    (loss, aux), grads = gradient(update, params, ctx)
+    (loss, aux), grads = differentiate(update, params, ctx)
     old = {g: params[g] for g in update.wrt}
     delta, opt = stage.optim[update.name].update(grads, opt, old)
     metrics = {'loss': loss, **aux.metrics, 'grad_norm': optax.tree.norm(grads)}
@@ -91,7 +130,16 @@ def make_step(stage: Stage, preprocess: Preprocess) -> tuple[Callable[..., Any],
     batch = preprocess(jax.random.fold_in(key, keys.PREPROCESS), raw, True)
     ctx = Context(batch=batch, key=key, step=state.step, stats=state.stats, carry=state.carry, ema=state.ema)
     prepared = ctx.replace(key=jax.random.fold_in(key, keys.PREPARE))
-    shared, carry = jax.lax.stop_gradient(method.prepare(jax.lax.stop_gradient(state.params), prepared))
+
+    def prepare(carry: Any, i: Any, batch: Any):
+      own = prepared.replace(batch=batch, carry=carry, key=prepared.key if i is None else jax.random.fold_in(prepared.key, i))
+      return jax.lax.stop_gradient(method.prepare(jax.lax.stop_gradient(state.params), own))[::-1]
+
+    if parts == 1:
+      carry, shared = prepare(state.carry, None, batch)
+    else:
+      ctx = ctx.replace(batch=split(batch, parts))
+      carry, shared = jax.lax.scan(lambda carry, row: prepare(carry, *row), state.carry, (jnp.arange(parts), ctx.batch))
     ctx = ctx.replace(shared=shared, carry=carry)
 
     params, stats, opt, metrics = dict(state.params), dict(state.stats), dict(state.opt), {}
@@ -111,13 +159,16 @@ def make_step(stage: Stage, preprocess: Preprocess) -> tuple[Callable[..., Any],
 
     terms[:] = list(metrics)
     bad = ~jnp.isfinite(jnp.stack([jnp.zeros(()), *metrics.values()])[len(metrics) > 0 :])  # a stage may have no updates
-    first = bad.any() & (health['step'] < 0)
+    first = ~jnp.asarray(skip) & bad.any() & (health['step'] < 0)
     health = {
       'step': jnp.where(first, state.step, health['step']),
       'term': jnp.where(first, jnp.argmax(bad).astype(jnp.int32), health['term']),
     }
-    state = TrainState(step=state.step + 1, params=params, stats=stats, carry=carry, opt=opt, ema=ema)
-    return state, health, metrics
+    new = TrainState(state.step + 1, params, stats, carry, opt, ema, state.skipped)
+    if skip:
+      undone = state.replace(step=new.step, skipped=state.skipped + 1)
+      new = jax.tree.map(functools.partial(jnp.where, bad.any()), undone, new)
+    return new, health, metrics
 
   return step, terms
 

@@ -30,19 +30,18 @@ class Metrics:
     self._writers: dict[str, object] = {}
     self._lead = jax.process_index() == 0
 
-  def rewind(self, stages: list[str], stage: str, step: int) -> None:
-    """Forgets what was written after `step` of `stage`: a resumed run writes it again."""
+  def rewind(self, stage: str, step: int) -> None:
+    """Forgets what was written after `step` of `stage`, and lines that are none: a resumed run writes it again."""
     if not self._lead or not self._path.exists():
       return
-    kept, place = [], {name: i for i, name in enumerate(stages)}
-    lines = self._path.read_text().splitlines()
+    kept, lines = [], self._path.read_text(errors='replace').splitlines()
     for line in lines:
       try:
         row = json.loads(line)
-      except json.JSONDecodeError:  # cut short by a kill
+        past = row['stage'] == stage and row['step'] > step
+      except (ValueError, TypeError, KeyError):  # cut short by a kill
         continue
-      at = place.get(row['stage'], len(stages))
-      if at < place[stage] or (at == place[stage] and row['step'] <= step):
+      if not past:
         kept.append(line)
     if len(kept) != len(lines):
       partial = self._path.with_suffix('.tmp')

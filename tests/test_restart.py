@@ -1,0 +1,228 @@
+"""Nothing is lost: SIGTERM, damaged checkpoints, other shapes, keep policies, values that are not finite."""
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from test_train import make_run, noisy, one_step, stage
+
+from latentgen.errors import Damaged, Preempted, TrainingDiverged, UserError
+from latentgen.train import checkpoint, loop
+from latentgen.train.writers import Metrics
+from latentgen.types import Aux, Context, Update
+
+
+def two_stages(folder, **settings):
+  first = dataclasses.replace(stage((noisy(),), steps=7), optim={'u': optax.adam(0.1)}, ema={'a': 0.9}, best='distance')
+  second = stage((noisy(('c',)),), name='second', steps=5, groups=('a', 'c'), load={'a': 'first'})
+  return make_run(folder, first, second, **settings)
+
+
+def same(one, two):
+  """Both stages hand on the same, and the same was written about them."""
+  for index in range(2):
+    jax.tree.map(np.testing.assert_array_equal, *(loop.load_variables(r, r.recipe[index]) for r in (one, two)))
+  rows = [sorted((r.workdir / 'metrics.jsonl').read_text().splitlines()) for r in (one, two)]
+  assert rows[0] == rows[1]
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+  run = two_stages(tmp_path_factory.mktemp('whole'))
+  loop.train(run)
+  return run
+
+
+def cut(folder):
+  """Halves every file of a checkpoint's state."""
+  files = [p for p in (folder / 'state').rglob('*') if p.is_file()]
+  assert files
+  for path in files:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+# ---------------------------------------------------------------------------------------------- SIGTERM
+
+
+@pytest.mark.parametrize('batch', [4, 9, 11, 13])
+def test_sigterm_saves_at_once_and_the_same_command_goes_on(tmp_path, monkeypatch, whole, batch):
+  run, put, calls = two_stages(tmp_path), loop.Run.put, []
+
+  def counted(self, raw):
+    calls.append(1)
+    if len(calls) == batch:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return put(self, raw)
+
+  before = signal.getsignal(signal.SIGTERM)
+  with monkeypatch.context() as patch:
+    patch.setattr(loop.Run, 'put', counted)
+    with pytest.raises(Preempted, match=r'goes on from step \d of .(first|second)') as stopped:
+      loop.train(run)
+  assert signal.getsignal(signal.SIGTERM) is before
+  step, name = re.search(r"step (\d+) of '(\w+)'", str(stopped.value)).groups()
+  assert run.checkpoints(run.recipe[['first', 'second'].index(name)]).latest() == int(step)
+  loop.train(run)
+  same(whole, run)
+
+
+def test_a_step_saved_without_validation_is_no_end_of_patience(tmp_path):
+  """Steps that SIGTERM saves have no metric: only those at which an undisturbed run looks count."""
+  best = dataclasses.replace(stage((noisy(),), steps=20), best='distance', patience_steps=4)
+  run = make_run(tmp_path, best)
+  store = run.checkpoints(best)
+  state = one_step(best)[0]
+  for step, value in ((0, 1.0), (2, 0.5), (4, 0.7), (7, None)):
+    store.save(step, state, None, None if value is None else {'distance': value})
+  store.close()
+  assert store.scored() == 4 and not loop.finished(run, best)
+  store.save(8, state, None, {'distance': 0.6})
+  store.close()
+  assert loop.finished(run, best)
+
+
+# ---------------------------------------------------------------------------------------------- damage
+
+
+@pytest.mark.parametrize('missing', [False, True], ids=['truncated', 'deleted'])
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(tmp_path, capfd, whole, missing):
+  run = two_stages(tmp_path)
+  short = dataclasses.replace(run, recipe=(dataclasses.replace(run.recipe[0], steps=4),))
+  loop.train(short)
+  newest = tmp_path / 'checkpoints' / 'first' / '4'
+  if missing:
+    for path in (newest / 'state').rglob('*'):
+      if path.is_file():
+        path.unlink()
+  else:
+    cut(newest)
+  loop.train(run)
+  said = capfd.readouterr().err
+  assert f'{newest} cannot be read' in said and 'first: resuming from step 2' in said
+  assert (tmp_path / 'checkpoints' / 'damaged' / 'first-4').is_dir()
+  same(whole, run)
+
+
+def test_what_a_finished_stage_handed_on_is_trained_again_if_damaged(tmp_path, whole):
+  run = two_stages(tmp_path)
+  loop.train(run)
+  for path in (tmp_path / 'checkpoints' / 'second').iterdir():
+    cut(path)  # all of them: the stage begins anew
+  cut(tmp_path / 'checkpoints' / 'first' / str(run.checkpoints(run.recipe[0]).chosen()))
+  with pytest.raises(Damaged, match='--mode=train goes on'):
+    loop.load_variables(run, run.recipe[1])
+  loop.train(run)
+  jax.tree.map(np.testing.assert_array_equal, *(loop.load_variables(r, r.recipe[1])['params']['c'] for r in (whole, run)))
+
+
+def test_a_checkpoint_of_other_shapes_is_refused_and_left(tmp_path):
+  run = make_run(tmp_path, stage((noisy(),), steps=4))
+  loop.train(run)
+  other = make_run(tmp_path, dataclasses.replace(run.recipe[0], steps=6, optim={'u': optax.adam(0.1)}))
+  with pytest.raises(UserError, match='is of another model: opt/u/.* is missing there and .* here') as error:
+    loop.train(other)
+  assert not isinstance(error.value, Damaged) and run.checkpoints(run.recipe[0]).latest() == 4
+
+
+def test_a_metrics_file_with_torn_lines_is_mended(tmp_path):
+  rows = [{'stage': 'a', 'step': s, 'split': 'train', 'x': 1.0} for s in (1, 2, 3)] + [{'stage': 'b', 'step': 1}]
+  text = '\n'.join(map(json.dumps, rows)) + '\n{"stage": "b", "st\n17\nnull\n\x00\n{"step": 1}\n{"stage": "a", "step": null}\n'
+  (tmp_path / 'metrics.jsonl').write_text(text)
+  Metrics(tmp_path).rewind('a', 2)
+  kept = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
+  assert kept == [rows[0], rows[1], rows[3]]
+
+
+def test_one_checkpoint_for_every_so_many_hours_stays(tmp_path):
+  state = one_step(stage((noisy(),)))[0]
+  store = checkpoint.Checkpoints(tmp_path / 'first', keep=1, hours=1.5 / 3600)
+  for step in range(1, 6):
+    store.save(step, state, None)
+    store.wait()
+    time.sleep(0.8)
+  store.close()
+  kept = {int(p.name) for p in (tmp_path / 'first').iterdir()}
+  assert 1 in kept and 5 in kept and 2 not in kept and len(kept) < 5
+
+
+# ---------------------------------------------------------------------------------------------- not finite
+
+
+def spoilt(at, where='loss'):
+  """a falls by a tenth of itself at every step, but for steps at which the square root of -1 is taken."""
+
+  def loss(params, ctx: Context):
+    bad = jnp.sqrt(jnp.where(ctx.step == at, -1.0, 1.0))
+    return 0.5 * params['a'] ** 2 * (bad if where == 'loss' else 1.0), Aux({'root': bad})
+
+  return Update('u', ('a', 'b'), loss)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path):
+  run = make_run(tmp_path, dataclasses.replace(stage((spoilt(2),), steps=5), ema={'a': 0.5}), nonfinite='skip')
+  loop.train(run)
+  np.testing.assert_allclose(run.checkpoints(run.recipe[0]).restore(5, run.abstract(run.recipe[0])).params['a'], 0.9**4, rtol=1e-6)
+  rows = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
+  assert [row['skipped'] for row in rows] == [0, 0, 1, 1, 1]
+  assert 'u/loss' not in rows[2] and 'u/loss' in rows[3]
+
+
+@pytest.mark.parametrize('backward', [False, True])
+def test_nan_check_names_the_line(tmp_path, backward):
+  def loss(params, ctx):
+    if backward:  # the value is 0, its gradient 0 times infinity
+      return jnp.sqrt(params['a'] * jnp.where(ctx.step == 2, 0.0, 1.0)) * 0.0 + params['b'], Aux()
+    return jnp.log(params['a'] - jnp.where(ctx.step == 2, 2.0, 0.0)), Aux()
+
+  run = make_run(tmp_path, stage((Update('u', ('a', 'b'), loss),), steps=4), nan_check=True)
+  word = 'jnp.sqrt' if backward else 'jnp.log'
+  with pytest.raises(TrainingDiverged, match=rf'was not finite at step 2.*invalid value \(nan\).*{re.escape(word)}\(params'):
+    loop.train(run)
+
+
+# ---------------------------------------------------------------------------------------------- accumulation
+
+
+def test_accumulated_gradients_are_those_of_the_mean_over_the_parts():
+  """Parts are examples i mod n; statistics pass from part to part, noise differs between them, chains go through `prepare`."""
+  from latentgen.data import preprocess
+  from latentgen.train import keys, step as stepping
+
+  def loss(params, ctx):
+    mean = ctx.batch['image'].mean()
+    noise = jax.random.normal(ctx.key, ())
+    return (params['a'] - mean) ** 2 + 0.0 * noise, Aux({'mean': mean, 'noise': noise}, {'n': 0.5 * ctx.stats['n'] + mean})
+
+  one = stage((Update('u', ('a', 'b'), loss),))
+  images = np.random.default_rng(0).integers(0, 256, (8, 2, 2, 1), dtype=np.uint8)
+  raw = {'image': images}
+  first = stepping.init_state(one, preprocess.make(), keys.root(0), raw)
+  state, _, found = jax.jit(stepping.make_step(one, preprocess.make(), parts=4)[0])(first, stepping.healthy(), keys.root(0), raw)
+  means = [images[i::4].mean() / 255 for i in range(4)]
+  np.testing.assert_allclose(found['u/loss'], np.mean([(1 - m) ** 2 for m in means]), rtol=1e-5)
+  np.testing.assert_allclose(state.params['a'], 1 - 0.1 * np.mean([2 * (1 - m) for m in means]), rtol=1e-5)
+  stats = 0.0
+  for m in means:
+    stats = 0.5 * stats + m
+  np.testing.assert_allclose(state.stats['n'], stats, rtol=1e-5)
+  single = jax.random.normal(jax.random.fold_in(jax.random.fold_in(keys.root(0), 0), keys.UPDATES), ())
+  assert abs(float(found['u/noise']) - float(single)) > 1e-3
+
+
+def test_a_gradient_above_the_norm_is_left_out():
+  from latentgen import optim
+
+  built = optim.build('config.stages.s.optim.u', 10, 'sgd', 0.1, skip_norm=1.0)
+  state = built.init({'a': jnp.zeros(2)})
+  for gradient, want in (([0.3, 0.4], [-0.03, -0.04]), ([3.0, 4.0], [0.0, 0.0]), ([0.6, 0.0], [-0.06, 0.0])):
+    delta, state = built.update({'a': jnp.array(gradient)}, state, {'a': jnp.zeros(2)})
+    np.testing.assert_allclose(delta['a'], want, rtol=1e-5)
+
