@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from latentgen.errors import Preempted, SaveFailed, TrainingDiverged, UserError, did_you_mean
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+PREEMPTED = 128 + 15
 MODES = ('train', 'evaluate', 'sample', 'estimate', 'collect')
 
 
@@ -145,17 +146,31 @@ def cli() -> None:
   except (TrainingDiverged, SaveFailed) as error:
     _leave(1, error)
   except Preempted as error:
-    _leave(143, error)
+    _leave(PREEMPTED, error)
   except KeyboardInterrupt:
     _leave(130, 'interrupted; the same command goes on from the last checkpoint')
   except OSError as error:
     if error.errno not in DISK:
       raise
     _leave(1, f'{error.filename or "a file"} could not be written ({error.strerror}); the same command goes on from the last checkpoint')
+  except RuntimeError as error:  # what the runtime of JAX raises
+    if not _several():
+      raise
+    _leave(1, f'{_line(error)}; if another process has gone, start all again: the same command goes on from the last checkpoint')
+
+
+def _several() -> bool:
+  return 'jax' in sys.modules and sys.modules['jax'].process_count() > 1
+
+
+def _line(error: BaseException) -> str:
+  return f'{type(error).__name__}: {" ".join(str(error).split())[:160]}'
 
 
 def _leave(status: int, message: Any) -> NoReturn:
-  print(f'latentgen: {message}', file=sys.stderr)
+  print(f'latentgen: {message}', file=sys.stderr, flush=True)
+  if _several() and status != PREEMPTED:
+    os._exit(status)  # an orderly end would wait for processes that do not come
   sys.exit(status)
 
 

@@ -18,7 +18,15 @@ import orbax.checkpoint as ocp
 from latentgen.errors import Damaged, SaveFailed, UserError
 from latentgen.types import TrainState
 
-logging.getLogger('absl').addFilter(lambda record: 'Waiting for previous' not in record.getMessage())
+NOISE = ('Waiting for previous', 'Reached preemption sync point')
+
+
+def _worth_saying(record: logging.LogRecord) -> bool:
+  """Not what is noise, nor what Orbax logs about an error that it raises as well."""
+  return not any(text in record.getMessage() for text in NOISE) and not (record.exc_info and 'orbax' in record.pathname)
+
+
+logging.getLogger('absl').addFilter(_worth_saying)
 
 
 class Checkpoints:
@@ -84,9 +92,12 @@ class Checkpoints:
       raise self._failed(error) from error
 
   def _failed(self, error: Exception) -> SaveFailed:
+    remedy = 'free space there'
+    if jax.process_count() > 1:
+      remedy += ' or, if another process has gone, start all again'
     return SaveFailed(
-      f'a checkpoint could not be written to {self._folder} ({_reason(error)}); free space there, and the same command goes on '
-      f'from step {self.latest()}'
+      f'a checkpoint could not be written to {self._folder} ({_reason(error)}); {remedy}: the same command goes on from step '
+      f'{self.latest() or 0}'
     )
 
   def restore(self, step: int, abstract: TrainState, data: Any = None) -> TrainState:

@@ -1,0 +1,145 @@
+"""Whole runs of the command line that are killed, stopped, or find no room to write."""
+
+import json
+import os
+import pathlib
+import re
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import faults
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+LONG = [
+  f'--config={ROOT}/experiments/vae_nce.py:smoke', '--config.stages.vae.steps=100000', '--config.train.checkpoint_every_steps=20',
+  '--config.train.log_every_steps=20',
+]  # fmt: skip
+
+pytestmark = pytest.mark.slow
+
+
+def start(workdir, *args, preexec_fn=None, **env):
+  env = {**os.environ, 'PYTHONPATH': str(ROOT / 'src'), **env}
+  command = [sys.executable, '-m', 'latentgen.main', *args, f'--workdir={workdir}']
+  return subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True, preexec_fn=preexec_fn)
+
+
+def rows(workdir):
+  try:
+    return (workdir / 'metrics.jsonl').read_text().splitlines()
+  except FileNotFoundError:
+    return []
+
+
+def wait_for_rows(workdir, n, processes):
+  deadline = time.monotonic() + 300
+  while len(rows(workdir)) < n:
+    assert all(p.poll() is None for p in processes) and time.monotonic() < deadline
+    time.sleep(0.05)
+
+
+def end(processes, seconds=120):
+  """The statuses and what was said, within so many seconds."""
+  try:
+    said = [p.communicate(timeout=seconds)[1] for p in processes]
+  finally:
+    for process in processes:
+      if process.poll() is None:
+        process.kill()
+  return [p.returncode for p in processes], said
+
+
+def pair(workdir, *args):
+  """Two processes on loopback."""
+  with socket.socket() as s:
+    s.bind(('127.0.0.1', 0))
+    port = s.getsockname()[1]
+  common = {'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}', 'JAX_NUM_PROCESSES': '2'}
+  return [start(workdir, *args, JAX_PROCESS_ID=str(i), **common) for i in range(2)]
+
+
+def test_kills_at_random_instants_leave_no_trace(tmp_path):
+  found = faults.main(str(tmp_path), kills=3)
+  assert found['kills'] >= 2 and found['compared'] > 20
+  assert found['different'] == 0 and found['repeated rows'] == 0, found
+
+
+def test_sigterm_ends_with_143_and_the_same_command_goes_on(tmp_path):
+  process = start(tmp_path / 'run', *LONG)
+  wait_for_rows(tmp_path / 'run', 2, [process])
+  process.terminate()
+  (status,), (said,) = end([process])
+  assert status == 143 and 'Traceback' not in said
+  step = int(re.search(r"stopped by SIGTERM; all is saved, and the same command goes on from step (\d+) of 'vae'", said)[1])
+  again = start(tmp_path / 'run', *LONG, f'--config.stages.vae.steps={step + 5}')
+  _, (said,) = end([again])
+  assert again.returncode == 2 and 'was made with config.stages.vae.steps' in said  # another run; the same one goes on
+  again = start(tmp_path / 'run', *LONG)
+  wait_for_rows(tmp_path / 'run', len(rows(tmp_path / 'run')) + 1, [again])
+  again.terminate()
+  _, (said,) = end([again])
+  assert f'vae: resuming from step {step}\n' in said
+
+
+def test_two_processes_stop_at_the_same_step(tmp_path):
+  both = pair(tmp_path / 'run', *LONG)
+  wait_for_rows(tmp_path / 'run', 2, both)
+  both[1].terminate()
+  status, said = end(both)
+  assert status == [143, 143], said
+  steps = {re.search(r'goes on from step (\d+) of', text)[1] for text in said}
+  assert len(steps) == 1
+
+
+def test_a_process_that_dies_ends_the_other_with_one_line_and_the_same_command_goes_on(tmp_path):
+  both = pair(tmp_path / 'run', *LONG)
+  wait_for_rows(tmp_path / 'run', 3, both)
+  both[1].send_signal(signal.SIGKILL)
+  status, said = end(both, seconds=150)
+  assert status == [1, -signal.SIGKILL], said
+  assert 'if another process has gone, start all again' in said[0].splitlines()[-1]
+  again = pair(tmp_path / 'run', *LONG)
+  wait_for_rows(tmp_path / 'run', len(rows(tmp_path / 'run')) + 1, again)
+  again[0].terminate()
+  status, said = end(again)
+  assert status == [143, 143] and re.search(r'vae: resuming from step \d+0\n', said[0]), said
+
+
+def test_two_processes_evaluate_like_one(tmp_path):
+  args = [f'--config={ROOT}/experiments/vae_nce.py:smoke']
+  both = pair(tmp_path / 'two', *args)
+  status, said = end(both, seconds=500)
+  assert status == [0, 0], said
+  (status,), (said,) = end([start(tmp_path / 'one', *args)], seconds=500)
+  assert status == 0, said
+  one, two = (json.loads((tmp_path / name / 'results.json').read_text()) for name in ('one', 'two'))
+  assert one.keys() == two.keys() and two.pop('run')['mesh']['data'] == 2
+  assert one.pop('run')['revision']
+  for name, result in one.items():  # the order of sums alone differs
+    assert abs(result['value'] - two[name]['value']) <= 2e-3 * max(1.0, abs(result['value'])), name
+    assert result['n'] == two[name]['n']
+
+
+def test_no_room_for_a_checkpoint_is_said_and_the_last_good_one_stays(tmp_path):
+  """No file may grow beyond so many bytes, as on a full disk."""
+
+  def small():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+
+  args = [a for a in LONG if 'steps=100000' not in a] + ['--config.stages.vae.steps=40']
+  quiet = {'JAX_ENABLE_COMPILATION_CACHE': 'false'}
+  (status,), (said,) = end([start(tmp_path / 'run', *args, preexec_fn=small, **quiet)], seconds=300)
+  assert status == 1, said
+  assert 'could not be written' in said.splitlines()[-1] and 'the same command goes on' in said.splitlines()[-1]
+  (status,), (said,) = end([start(tmp_path / 'run', *args, "--config.evaluate.tasks=('samples',)")], seconds=300)
+  assert status == 0, said
+
+
+def test_a_folder_that_cannot_be_written_is_refused():
+  (status,), (said,) = end([start('/proc/latentgen', *LONG)])
+  assert status == 2 and said.count('\n') == 1 and '--workdir: /proc/latentgen cannot be written' in said
