@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 import difflib
 
-LONGEST = 2000  # characters of a message
+LONGEST = 1000  # characters of a message
 
 
 class UserError(Exception):

@@ -38,6 +38,7 @@ class Command:
 
 def tasks(config: ConfigDict) -> dict[str, dict[str, Any]]:
   """{task: options} of `config.evaluate`, checked."""
+  configs.check(config)
   section = configs.plain(config.get('evaluate', {}))
   names = section.pop('tasks', ())
   evaluation.check_tasks({**{name: {} for name in names}, **section})  # options of a task that is left out may stay
@@ -49,6 +50,7 @@ def _open(command: Command) -> tuple[loop.Run, dict[str, Any]]:
   """The run and its description, all checks done and nothing touched."""
   tasks(command.config)
   run = configs.build(command.config, command.workdir.absolute())
+  configs.check_shapes(run)
   mine = workdirs.describe(command.file, configs.plain(command.config), command.overrides, run.mesh)
   mine['data'] = {split: {'n': len(source), 'sha256': source.checksum()} for split, source in run.data.items()}
   workdirs.check(command.workdir, mine)
@@ -151,6 +153,7 @@ def estimate(command: Command) -> None:
   from latentgen.train import cost
 
   run = configs.build(command.config, command.workdir.absolute(), shapes_only=True)
+  configs.check_shapes(run, allocated=False)
   with convolution.implementation('native'):  # count what an accelerator computes
     for stage in run.recipe:
       for line in cost.table(run, stage):
