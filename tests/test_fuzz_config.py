@@ -1,7 +1,10 @@
 """Hostile config files, overrides and flags: each is taken, or refused in one line that names the key, the file or the flag."""
 
+import os
 import pathlib
 import random
+import subprocess
+import sys
 import warnings
 
 from fuzzing import VALUES, WORDS, damage, little_memory, survives
@@ -201,3 +204,42 @@ def test_flags(count):
     argv = [a for a in [*argv, *rng.choice(([], ['--config=x.py']))] if a not in ('-h', '--help')]
     found = survives(lambda argv=argv: command.parse(argv), argv)
     assert isinstance(found, UserError) or found[0].mode in command.MODES
+
+
+# ---------------------------------------------------------------------------------------------- the command itself
+
+NCE = f'--config={ROOT / "experiments" / "vae_nce.py"}:smoke'
+LIE = bytes((0, 0, 8, 3)) + b'\xff\xff\xff\xff' + b'\0\0\x0f\xff' * 2
+COMMANDS = [
+  (['--config={tmp}/exits.py'], 'exits.py cannot be loaded: SystemExit'),
+  (['--config={tmp}/raises.py'], "get_config('') failed: ZeroDivisionError"),
+  ([NCE, '--config.model.hidden=' + '(' * 3000], 'config.model.hidden is'),
+  ([NCE, '--config.data.batch_size=1' + '0' * 30], 'config.data.batch_size'),
+  ([NCE, '--config.stages.vae.method.\u00e9\u202e=1'], 'config.stages.vae.method'),
+  ([NCE, '--config.seed=nan'], "config.seed is int (0); 'nan' is not"),
+  ([NCE, '--config.model.hidden=0'], 'config.stages.vae: '),
+  ([NCE, '--config.data.name=idx', '--config.data.path={tmp}/idx'], 'train-images-idx3-ubyte: truncated'),
+  ([NCE, '--config.data.name=folder', '--config.data.path={tmp}/pictures'], '.png cannot be decoded'),
+  ([NCE, '--config.data.name=npz', '--config.data.path={tmp}/idx'], 'is not a file'),
+  ([NCE, '--sweep=seeds', '--sweep_index=first'], '--sweep_index: invalid int value'),
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('args, text', COMMANDS, ids=[text for _, text in COMMANDS])
+def test_command_line(tmp_path, args, text):
+  (tmp_path / 'exits.py').write_text('raise SystemExit(0)')
+  (tmp_path / 'raises.py').write_text('def get_config(variant):\n  1 / 0\n')
+  for folder, name, content in (('idx', 'train-images-idx3-ubyte', LIE), ('pictures', '{}.png', b'\x89PNG\r\n\x1a\n')):
+    (tmp_path / folder).mkdir()
+    for i in range(3):
+      (tmp_path / folder / name.format(i)).write_bytes(content)
+  files = lambda: sorted(p for p in tmp_path.rglob('*') if '__pycache__' not in p.parts)
+  before = files()
+  done = subprocess.run(
+    [sys.executable, '-m', 'latentgen.main', *(a.replace('{tmp}', str(tmp_path)) for a in args), f'--workdir={tmp_path / "run"}'],
+    capture_output=True, text=True, timeout=60, cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(ROOT / 'src')},
+  )  # fmt: skip
+  assert done.returncode == 2 and done.stdout == '' and done.stderr.count('\n') == 1, done.stderr
+  assert done.stderr.startswith('latentgen: ') and text in done.stderr
+  assert files() == before
