@@ -2,10 +2,13 @@
 
 from collections.abc import Callable, Sequence
 import contextlib
+import json
 import random
 import resource
 import time
 from typing import Any
+
+import pytest
 
 from latentgen.errors import LONGEST, UserError
 
@@ -28,6 +31,17 @@ VALUES = (
   ('x', 1), (('x', 1),), (('(', 1.0),), (float('nan'),), (10**12,), {}, {'x': 1}, {'name': 'x'}, {'name': None}, {1: 2}, {'name': 'vae'},
   object, print, Ellipsis, range(3),
 )  # fmt: skip
+
+ALIEN = ('', 'null', '3', '[]', '{}', '"x"', 'true', 'NaN', '[1, 2]', '{"stage": 3}', '{"step": 1}', '{"stage": "vae", "step": "x"}', '{"stage": [], "step": 1}',
+         '{"stage": {}, "step": null}', '{"stage": "vae", "step": NaN}', '{"stage": "other", "step": 1}', '{"step": 1, "stage": "va', '[' * 100_000,
+         '{"a":' * 50_000, '9' * 5000, '\x00', '\ud7ff', '<html>', '{"experiment": 1, "variant": 2, "config": 3}',
+         '{"experiment": "vae_nce", "variant": "smoke", "config": []}', '{"experiment": "vae_nce", "variant": "smoke", "config": null}',
+         '{"experiment": {}, "variant": [], "config": {}}', '{"first": "x"}', '{"first": [1]}', '{"vae": NaN}')  # fmt: skip
+
+
+def runs(few: int, many: int):
+  """The same test short, and long."""
+  return pytest.mark.parametrize('count', [few, pytest.param(many, marks=pytest.mark.slow)])
 
 
 def survives(call: Callable[[], Any], about: object) -> Any:
@@ -87,3 +101,23 @@ def damage(rng: random.Random, good: bytes, others: Sequence[bytes] = ()) -> byt
       other = rng.choice(others)
       raw[place : place + length] = other[rng.randrange(len(other)) :][: rng.choice((length, len(other)))]
   return bytes(raw)
+
+
+def mutated(rng: random.Random, good) -> bytes:
+  """JSON with bytes damaged, a value changed, or something else altogether."""
+  what = rng.random()
+  if what < 0.5:
+    return damage(rng, json.dumps(good).encode(), [a.encode() for a in ALIEN if a])
+  if what < 0.7:
+    return rng.choice(ALIEN).encode()
+  found = json.loads(json.dumps(good))
+  node = found
+  while True:
+    keys = list(node) if isinstance(node, dict) else range(len(node))
+    key = rng.choice(keys)
+    if isinstance(node[key], (dict, list)) and node[key] and rng.random() < 0.6:
+      node = node[key]
+      continue
+    value = rng.choice(VALUES + WORDS)
+    node[key] = value if type(value) in (int, float, str, bool, type(None)) else {'x': [1]}
+    return json.dumps(found).encode()

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import warnings
 
-from fuzzing import VALUES, WORDS, damage, little_memory, survives
+from fuzzing import VALUES, WORDS, damage, little_memory, runs, survives
 from ml_collections import ConfigDict
 import pytest
 
@@ -15,11 +15,6 @@ from latentgen import config as configs, main as command, run as modes
 from latentgen.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
-
-
-def runs(few: int, many: int):
-  """The same test short, and long."""
-  return pytest.mark.parametrize('count', [few, pytest.param(many, marks=pytest.mark.slow)])
 
 
 def tiny() -> ConfigDict:

@@ -8,7 +8,7 @@ import random
 import struct
 import zipfile
 
-from fuzzing import VALUES, WORDS, damage, little_memory, survives
+from fuzzing import VALUES, WORDS, damage, little_memory, runs, survives
 import numpy as np
 from PIL import Image
 import pytest
@@ -16,11 +16,6 @@ import pytest
 from latentgen import data
 from latentgen.data import folder, idx, npz
 from latentgen.errors import UserError
-
-
-def runs(few: int, many: int):
-  """The same test short, and long."""
-  return pytest.mark.parametrize('count', [few, pytest.param(many, marks=pytest.mark.slow)])
 
 
 def encode(array: np.ndarray, shape=None) -> bytes:

@@ -5,47 +5,14 @@ import pathlib
 import random
 import types
 
-from fuzzing import VALUES, WORDS, damage, little_memory, survives
-import pytest
+from fuzzing import VALUES, WORDS, mutated, runs, survives
 
 from latentgen import sweeps
 from latentgen.config import File
 from latentgen.errors import UserError
 
 
-def runs(few: int, many: int):
-  """The same test short, and long."""
-  return pytest.mark.parametrize('count', [few, pytest.param(many, marks=pytest.mark.slow)])
-
-
 RESULTS = {'likelihood/elbo': {'value': -60.0, 'unit': 'nats', 'n': 250, 'stderr': 0.5}, 'rate': {'value': 2.0, 'unit': 'nats', 'n': 250, 'stderr': None}}
-ALIEN = ('', 'null', '3', '[]', '{}', '"x"', 'true', 'NaN', '[1, 2]', '{"stage": 3}', '{"step": 1}', '{"stage": "vae", "step": "x"}', '{"stage": [], "step": 1}',
-         '{"stage": {}, "step": null}', '{"stage": "vae", "step": NaN}', '{"stage": "other", "step": 1}', '{"step": 1, "stage": "va', '[' * 100_000,
-         '{"a":' * 50_000, '9' * 5000, '\x00', '\ud7ff', '<html>', '{"experiment": 1, "variant": 2, "config": 3}',
-         '{"experiment": "vae_nce", "variant": "smoke", "config": []}', '{"experiment": "vae_nce", "variant": "smoke", "config": null}',
-         '{"experiment": {}, "variant": [], "config": {}}', '{"first": "x"}', '{"first": [1]}', '{"vae": NaN}')  # fmt: skip
-
-
-def mutated(rng: random.Random, good) -> bytes:
-  """JSON with bytes damaged, a value changed, or something else altogether."""
-  what = rng.random()
-  if what < 0.5:
-    return damage(rng, json.dumps(good).encode(), [a.encode() for a in ALIEN if a])
-  if what < 0.7:
-    return rng.choice(ALIEN).encode()
-  found = json.loads(json.dumps(good))
-  node = found
-  while True:
-    keys = list(node) if isinstance(node, dict) else range(len(node))
-    key = rng.choice(keys)
-    if isinstance(node[key], (dict, list)) and node[key] and rng.random() < 0.6:
-      node = node[key]
-      continue
-    value = rng.choice(VALUES + WORDS)
-    node[key] = value if type(value) in (int, float, str, bool, type(None)) else {'x': [1]}
-    return json.dumps(found).encode()
-
-
 def experiment(charts):
   module = types.SimpleNamespace(__doc__='x', SWEEP_CHARTS={'lr': charts})
   return File(pathlib.Path('experiments/some.py'), '', module)
