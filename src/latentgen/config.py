@@ -308,7 +308,7 @@ def build_data(
     blank = data.ArraySource(np.broadcast_to(np.uint8(0), (batch_size, *shape)), None, 'shapes alone')
     splits = dict.fromkeys(data.SPLITS, blank)
   else:
-    splits = data.load(name, **options)
+    splits = _built('config.data', data.load, name, **options)
   pipeline.Steps(splits['train'], batch_size, seed)  # complains of a batch that is larger than the split
   if steps.get('binarize') == 'fixed':
     splits = {split: preprocess.binarize_fixed(source, seed) for split, source in splits.items()}

@@ -111,19 +111,31 @@ def _evaluate(command: Command, run: loop.Run, mine: dict[str, Any]) -> None:
   evaluation.write_results(command.workdir / 'results.json', findings.results)
   pictures = evaluation.write_pictures(command.workdir / 'samples' / stage, findings.images)
   evaluation.write_tables(command.workdir / 'tables', findings.tables)
-  rows = [json.loads(line) for line in (command.workdir / 'metrics.jsonl').read_text().splitlines()]
   report.write(
     command.workdir,
     config=mine,
     header=command.file.module.__doc__ or '',
     results=findings.results,
     pictures=pictures,
-    metrics=rows,
+    metrics=_rows(command.workdir / 'metrics.jsonl'),
     paper=[dict(row) for row in configs.plain(command.config.get('paper', ()))],
     command=command.text(),
     tables=findings.tables.values(),
   )
   say(f'report: {command.workdir / "report.html"}')
+
+
+def _rows(path: pathlib.Path) -> list[dict[str, Any]]:
+  """The rows of metrics.jsonl; lines that are none, torn by a kill or of somebody else, are passed over."""
+  rows = []
+  for line in path.read_text(errors='replace').split('\n') if path.is_file() else ():
+    try:
+      row = json.loads(line)
+    except (ValueError, RecursionError):
+      continue
+    if isinstance(row, dict) and type(row.get('step')) is int and all(isinstance(row.get(k), str) for k in ('stage', 'split')):
+      rows.append(row)
+  return rows
 
 
 def sample(command: Command) -> None:

@@ -16,6 +16,7 @@ def resolve(path: object, key: str) -> pathlib.Path:
     raise UserError(f'{key} = {path!r} must be a path')
   try:
     found = pathlib.Path(path).expanduser()
+    os.fsencode(found)
     found.exists()  # says whether the system takes such a path at all
   except (OSError, RuntimeError, ValueError) as error:
     raise UserError(f'{key} = {str(path)[:200]!r} is no path that can be read ({error.__class__.__name__})') from None

@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 import numpy as np
 
-LABEL = 80  # characters
+LABEL = 60  # characters
 COLORS = ('#3b7dd8', '#e07b39', '#3a9d6b', '#c2507a', '#8a6fd1', '#9a8a3c', '#5aa6b8', '#8c8c8c')
 INK = '#7d848d'  # legible on white and on black
 STYLE = {
@@ -51,17 +51,18 @@ def plain(text: str) -> str:
 
 
 @contextlib.contextmanager
-def _any_glyph():
-  """Characters that the font lacks are drawn as boxes, without a word."""
+def _any_text():
+  """Characters that the font lacks are boxes, labels too wide overlap: without a word."""
   with warnings.catch_warnings():
     warnings.filterwarnings('ignore', 'Glyph .* missing', UserWarning)
+    warnings.filterwarnings('ignore', 'constrained_layout not applied', UserWarning)
     yield
 
 
 def pixels(figure: Figure) -> np.ndarray:
   """The figure on white, uint8 [H, W, 3]."""
   figure.patch.set_facecolor('white')
-  with _any_glyph():
+  with _any_text():
     figure.canvas.draw()
   return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
 
@@ -71,7 +72,7 @@ def svg(figure: Figure) -> bytes:
   buffer = io.BytesIO()
   for ax in figure.axes:
     ax.set_facecolor('none')
-  with _any_glyph():
+  with _any_text():
     figure.savefig(buffer, format='svg', transparent=True, metadata={'Date': None, 'Creator': None})
   return buffer.getvalue()
 
