@@ -15,27 +15,40 @@ from latentgen.errors import LONGEST, UserError
 SECONDS, GROWTH = 10.0, 600e6  # that one input may take; bytes of memory that a whole test may
 
 WORDS = (
-  '', ' ', '\t', '-', '--', '.', '..', '/dev/null', '~', '~nobody-of-that-name', 'a' * 5000, 'x' * 300 + '/y', '\u202e', '\u00e9',
-  'e\u0301', '\U0001f600', '\ud800', '\x00', '\x1b[31m', 'line\nline', "'", '"', '{', '}', '[[[[', '((((', ')', '[1, 2', "('a',", '{1: 2',
-  '{[]: 1}', '{**{}}', 'f""', 'b"x"', '\\', r"'\d'", '#', '$x$', '%s', '%(x)s', '{0}', '<script>', 'None', 'none', 'null', 'True', 'true',
-  'TRUE', 'nan', 'inf', '-inf', '1e400', '-1e400', '1e308', '-1e-320', '0', '-0', '0.0', '1', '-1', '2', '3.5', '007', '0x10', '1_000',
-  '1+1', '1+2j', '1j', '9' * 25, '-' + '9' * 25, '9' * 5000, '2147483648', '4294967296', '9223372036854775807', '9223372036854775808',
-  '-9223372036854775809', '1000000000000', '()', '[]', '{}', 'set()', '{1}', '(1, 2)', '[1, -1]', "('a', 'b')", "('a', ('b', ('c',)))",
-  '(None,)', '((),)', '(nan,)', '{"a": 1}', "{'name': 'x'}", '[[1, 2], [3, 4]]', '...', 'Ellipsis', 'lambda: 0', '__import__("os")',
+  '', ' ', '\t', '-', '--', '.', '..', '/dev/null', '~', '~nobody-of-that-name', 'a' * 5000, 'x' * 300 + '/y', '\u202e',
+  '\u00e9',
+  'e\u0301', '\U0001f600', '\ud800', '\x00', '\x1b[31m', 'line\nline', "'", '"', '{', '}', '[[[[', '((((', ')', '[1, 2',
+  "('a',", '{1: 2',
+  '{[]: 1}', '{**{}}', 'f""', 'b"x"', '\\', r"'\d'", '#', '$x$', '%s', '%(x)s', '{0}', '<script>', 'None', 'none', 'null',
+  'True', 'true',
+  'TRUE', 'nan', 'inf', '-inf', '1e400', '-1e400', '1e308', '-1e-320', '0', '-0', '0.0', '1', '-1', '2', '3.5', '007', '0x10',
+  '1_000',
+  '1+1', '1+2j', '1j', '9' * 25, '-' + '9' * 25, '9' * 5000, '2147483648', '4294967296', '9223372036854775807',
+  '9223372036854775808',
+  '-9223372036854775809', '1000000000000', '()', '[]', '{}', 'set()', '{1}', '(1, 2)', '[1, -1]', "('a', 'b')",
+  "('a', ('b', ('c',)))",
+  '(None,)', '((),)', '(nan,)', '{"a": 1}', "{'name': 'x'}", '[[1, 2], [3, 4]]', '...', 'Ellipsis', 'lambda: 0',
+  '__import__("os")',
   '(' * 90 + ')' * 90, '(' * 3000 + ')' * 3000, '[' * 190 + ']' * 190, '-' * 4000 + '1', 'not ' * 3000 + '1', '1' + '+1' * 3000,
-  'os.path', 'builtins', '.vae', 'vae.', 'a..b', 'latentgen', 'latentgen.nets', 'json.tool', '__main__', 'Vae', 'v\u00e6', 'name', 'digits',
+  'os.path', 'builtins', '.vae', 'vae.', 'a..b', 'latentgen', 'latentgen.nets', 'json.tool', '__main__', 'Vae', 'v\u00e6',
+  'name', 'digits',
 )  # fmt: skip
 VALUES = (
   None, True, False, 0, 1, -1, 2, 7, 10**12, 10**30, -(10**30), 2**31, 2**63, 0.0, -0.0, 0.5, -0.5, 1.0, 1e300, -1e300, 5e-324,
-  float('nan'), float('inf'), -float('inf'), 1j, '', 'x', '\x00', 'a' * 5000, b'x', (), (0,), (-1,), (1, 2), (None,), ('x',), ((1, 2), (3,)),
-  ('x', 1), (('x', 1),), (('(', 1.0),), (float('nan'),), (10**12,), {}, {'x': 1}, {'name': 'x'}, {'name': None}, {1: 2}, {'name': 'vae'},
+  float('nan'), float('inf'), -float('inf'), 1j, '', 'x', '\x00', 'a' * 5000, b'x', (), (0,), (-1,), (1, 2), (None,), ('x',),
+  ((1, 2), (3,)),
+  ('x', 1), (('x', 1),), (('(', 1.0),), (float('nan'),), (10**12,), {}, {'x': 1}, {'name': 'x'}, {'name': None}, {1: 2},
+  {'name': 'vae'},
   object, print, Ellipsis, range(3),
 )  # fmt: skip
 
-ALIEN = ('', 'null', '3', '[]', '{}', '"x"', 'true', 'NaN', '[1, 2]', '{"stage": 3}', '{"step": 1}', '{"stage": "vae", "step": "x"}', '{"stage": [], "step": 1}',
-         '{"stage": {}, "step": null}', '{"stage": "vae", "step": NaN}', '{"stage": "other", "step": 1}', '{"step": 1, "stage": "va', '[' * 100_000,
+ALIEN = ('', 'null', '3', '[]', '{}', '"x"', 'true', 'NaN', '[1, 2]', '{"stage": 3}', '{"step": 1}',
+  '{"stage": "vae", "step": "x"}', '{"stage": [], "step": 1}',
+         '{"stage": {}, "step": null}', '{"stage": "vae", "step": NaN}', '{"stage": "other", "step": 1}',
+         '{"step": 1, "stage": "va', '[' * 100_000,
          '{"a":' * 50_000, '9' * 5000, '\x00', '\ud7ff', '<html>', '{"experiment": 1, "variant": 2, "config": 3}',
-         '{"experiment": "vae_nce", "variant": "smoke", "config": []}', '{"experiment": "vae_nce", "variant": "smoke", "config": null}',
+         '{"experiment": "vae_nce", "variant": "smoke", "config": []}',
+         '{"experiment": "vae_nce", "variant": "smoke", "config": null}',
          '{"experiment": {}, "variant": [], "config": {}}', '{"first": "x"}', '{"first": [1]}', '{"vae": NaN}')  # fmt: skip
 
 

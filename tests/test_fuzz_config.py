@@ -19,7 +19,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 def tiny() -> ConfigDict:
   """Two stages on a few points; everything that a config can hold."""
-  adam = dict(name='adam', learning_rate=1e-3, final_learning_rate=1e-4, warmup_steps=1, schedule='cosine', weight_decay=0.0, clip_norm=1.0,
+  adam = dict(name='adam', learning_rate=1e-3, final_learning_rate=1e-4, warmup_steps=1, schedule='cosine', weight_decay=0.0,
+    clip_norm=1.0,
               rates=(('decoder', 0.5),))  # fmt: skip
   nce = dict(name='nce', coordinates='eps', channels=4, layers=1, proposals=3)
   return ConfigDict(dict(
@@ -28,7 +29,8 @@ def tiny() -> ConfigDict:
     model=dict(name='vae', latent=2, hidden=(3,), likelihood='normal', scale=0.5),
     recipe=('vae', 'nce'),
     stages=dict(
-      vae=dict(steps=3, method=dict(name='vae', free_bits=0.0), optim=dict(vae=adam), ema=dict(decoder=0.9), best='elbo', patience_steps=0),
+      vae=dict(steps=3, method=dict(name='vae', free_bits=0.0), optim=dict(vae=adam), ema=dict(decoder=0.9), best='elbo',
+      patience_steps=0),
       nce=dict(steps=3, method=nce, optim=dict(critic=adam), load=dict(encoder='vae', decoder='vae')),
     ),
     evaluate=dict(tasks=('likelihood', 'samples'), likelihood=dict(samples=8)),
@@ -51,14 +53,20 @@ def test_the_tiny_config_is_sound(tmp_path):
 
 
 KEYS = [*configs.flatten(tiny()), 'image_shape']
-SECTIONS = ('data', 'model', 'stages', 'evaluate', 'mesh', 'train', 'stages.vae', 'stages.vae.method', 'stages.vae.optim', 'stages.vae.optim.vae',
+SECTIONS = ('data', 'model', 'stages', 'evaluate', 'mesh', 'train', 'stages.vae', 'stages.vae.method', 'stages.vae.optim',
+  'stages.vae.optim.vae',
             'stages.nce.load', 'stages.vae.ema', 'evaluate.likelihood', 'strange')  # fmt: skip
-STRANGE = ('', '.', '..', 'data', 'data.', '.data', 'data..name', 'stages', 'stages.vae', 'stages.vae.method.name.x', 'model.items', 'model.lock',
-           'model._fields', 'model.__class__', 'data.get', 'model.\u00e9', 'model. ', 'seed.x', 'recipe.0', 'stages.vae.optim.vae.b1', 'x' * 4000,
-           'a.' * 2000, 'stages.vae.optim.vae', 'model.scale_', 'model.activation', 'data.bits', 'data.pad', 'data.labels_per_class',
-           'data.labelled_copies', 'data.kind', 'data.noise', 'data.components', 'model.conv', 'model.log_scale', 'model.dtype', 'model.mixtures',
+STRANGE = ('', '.', '..', 'data', 'data.', '.data', 'data..name', 'stages', 'stages.vae', 'stages.vae.method.name.x',
+  'model.items', 'model.lock',
+           'model._fields', 'model.__class__', 'data.get', 'model.\u00e9', 'model. ', 'seed.x', 'recipe.0',
+           'stages.vae.optim.vae.b1', 'x' * 4000,
+           'a.' * 2000, 'stages.vae.optim.vae', 'model.scale_', 'model.activation', 'data.bits', 'data.pad',
+           'data.labels_per_class',
+           'data.labelled_copies', 'data.kind', 'data.noise', 'data.components', 'model.conv', 'model.log_scale',
+           'model.dtype', 'model.mixtures',
            'model.image_shape', 'model.parent', 'stages.vae.method.net', 'stages.vae.method.steps', 'stages.vae.method.prior',
-           'evaluate.likelihood.bounds', 'evaluate.samples.num', 'evaluate.grids', 'data.binarize', 'stages.vae.optim.vae.eps')  # fmt: skip
+           'evaluate.likelihood.bounds', 'evaluate.samples.num', 'evaluate.grids', 'data.binarize',
+           'stages.vae.optim.vae.eps')  # fmt: skip
 
 
 def about(found) -> None:
@@ -109,7 +117,8 @@ def test_values_in_the_file(tmp_path, count):
   ('seed', '-1', 'config.seed is -1'),
   ('model.latent', '2.5', 'config.model.latent is int (2); 2.5 is not'),
   ('model.activation', '3', "config.model.activation is 3, need str"),
-  ('stages.nce.method.layers', '1' + '0' * 12, 'config.stages.nce.method.layers is 1000000000000, need a whole number of at most'),
+  ('stages.nce.method.layers', '1' + '0' * 12,
+  'config.stages.nce.method.layers is 1000000000000, need a whole number of at most'),
 ])  # fmt: skip
 def test_what_only_shapes_or_sizes_show(tmp_path, key, value, text):
   def shapes():
@@ -141,16 +150,23 @@ def sweep(name):
   return {'seeds': [{'seed': 0}, {'seed': 1}]}[name]
 '''
 BODIES = (
-  '1 / 0', 'raise SystemExit(0)', 'raise SystemExit("x\\ny")', 'import sys; sys.exit(3)', 'raise Exception', 'raise KeyError("a\\nb")', 'return',
-  'return None', 'return 3', 'return {}', 'return {"data": 1}', 'return []', 'return ConfigDict', 'return ConfigDict()', 'return lambda: 0',
-  'return ConfigDict({"data": 3})', 'return ConfigDict({"data": {}, "model": {}, "recipe": "x", "stages": {}})', 'return get_config(variant)',
-  'return ConfigDict({1: 2})', 'return open("/dev/null")', 'yield 3', 'import nothing_of_that_name', 'from latentgen import nothing',
-  'raise MemoryError', 'raise RecursionError', 'raise StopIteration', 'assert False', 'return ConfigDict({"seed": None}).seed.x',
+  '1 / 0', 'raise SystemExit(0)', 'raise SystemExit("x\\ny")', 'import sys; sys.exit(3)', 'raise Exception',
+  'raise KeyError("a\\nb")', 'return',
+  'return None', 'return 3', 'return {}', 'return {"data": 1}', 'return []', 'return ConfigDict', 'return ConfigDict()',
+  'return lambda: 0',
+  'return ConfigDict({"data": 3})', 'return ConfigDict({"data": {}, "model": {}, "recipe": "x", "stages": {}})',
+  'return get_config(variant)',
+  'return ConfigDict({1: 2})', 'return open("/dev/null")', 'yield 3', 'import nothing_of_that_name',
+  'from latentgen import nothing',
+  'raise MemoryError', 'raise RecursionError', 'raise StopIteration', 'assert False',
+  'return ConfigDict({"seed": None}).seed.x',
 )  # fmt: skip
 TEXTS = (
-  b'', b'\0', b'\xff\xfe', b'\x80', b'def', b'x = 1', b'get_config = 3', b'get_config = None', b'# -*- coding: nothing -*-', b'(' * 500, b'x = ' + b'9' * 5000,
+  b'', b'\0', b'\xff\xfe', b'\x80', b'def', b'x = 1', b'get_config = 3', b'get_config = None', b'# -*- coding: nothing -*-',
+  b'(' * 500, b'x = ' + b'9' * 5000,
   b'raise SystemExit', b'import sys\nsys.exit(0)', b'1/0', b'  indented', b'class get_config: pass', b'def get_config(): pass',
-  b'def get_config(a, b): pass', b'\xef\xbb\xbf' + LITTLE.encode(), LITTLE.replace("('smoke',)", '3').encode(), LITTLE.replace("('smoke',)", '(1, None)').encode(),
+  b'def get_config(a, b): pass', b'\xef\xbb\xbf' + LITTLE.encode(), LITTLE.replace("('smoke',)", '3').encode(),
+  LITTLE.replace("('smoke',)", '(1, None)').encode(),
   LITTLE.replace("('smoke',)", "'smoke'").encode(), LITTLE.replace("('smoke',)", 'None').encode(),
   *(LITTLE.replace('return ConfigDict(', f'{body}\n  return ConfigDict(').encode() for body in BODIES),
 )  # fmt: skip
@@ -180,14 +196,16 @@ def test_places_of_experiments(tmp_path):
   loop = tmp_path / 'loop.py'
   loop.symlink_to(loop)
   (tmp_path / 'folder.py').mkdir()
-  for place in (*WORDS, tmp_path, tmp_path / 'folder.py', loop, tmp_path / 'none.py', '/dev/null', '/proc/self/mem', ':', '::', ':smoke'):
+  for place in (*WORDS, tmp_path, tmp_path / 'folder.py', loop, tmp_path / 'none.py', '/dev/null', '/proc/self/mem', ':',
+    '::', ':smoke'):
     found = survives(lambda place=place: configs.load(str(place)), place)
     assert isinstance(found, UserError) and '--config' in str(found), found
 
 
 # ---------------------------------------------------------------------------------------------- flags
 
-FLAGS = ('--config', '--workdir', '--mode', '--distributed', '--sweep', '--sweep_index', '--num', '--sampler', '--temperature', '--config.', '--config.a',
+FLAGS = ('--config', '--workdir', '--mode', '--distributed', '--sweep', '--sweep_index', '--num', '--sampler',
+  '--temperature', '--config.', '--config.a',
          '--config.data', '--', '-', '---', '-h', '-x', '--Mode', '--config=', '=', '')  # fmt: skip
 
 
@@ -195,7 +213,8 @@ FLAGS = ('--config', '--workdir', '--mode', '--distributed', '--sweep', '--sweep
 def test_flags(count):
   rng = random.Random(4)
   for _ in range(count):
-    argv = [rng.choice(FLAGS) + rng.choice(('', '=', '=' + rng.choice(WORDS), rng.choice(WORDS))) for _ in range(rng.choice((1, 1, 2, 3)))]
+    argv = [rng.choice(FLAGS) + rng.choice(('', '=', '=' + rng.choice(WORDS),
+      rng.choice(WORDS))) for _ in range(rng.choice((1, 1, 2, 3)))]
     argv = [a for a in [*argv, *rng.choice(([], ['--config=x.py']))] if a not in ('-h', '--help')]
     found = survives(lambda argv=argv: command.parse(argv), argv)
     assert isinstance(found, UserError) or found[0].mode in command.MODES
@@ -232,7 +251,8 @@ def test_command_line(tmp_path, args, text):
   files = lambda: sorted(p for p in tmp_path.rglob('*') if '__pycache__' not in p.parts)
   before = files()
   done = subprocess.run(
-    [sys.executable, '-m', 'latentgen.main', *(a.replace('{tmp}', str(tmp_path)) for a in args), f'--workdir={tmp_path / "run"}'],
+    [sys.executable, '-m', 'latentgen.main', *(a.replace('{tmp}', str(tmp_path)) for a in args),
+    f'--workdir={tmp_path / "run"}'],
     capture_output=True, text=True, timeout=60, cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(ROOT / 'src')},
   )  # fmt: skip
   assert done.returncode == 2 and done.stdout == '' and done.stderr.count('\n') == 1, done.stderr

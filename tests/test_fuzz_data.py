@@ -101,15 +101,20 @@ def test_npz(tmp_path, count):
         names = rng.choice([('images', 'labels'), ('x_train', 'x_test'), ('train_images', 'test_images', 'train_labels')])
         members = {f'{n}.npy': npy(LABELS if 'label' in n else IMAGES) for n in names}
         chosen = rng.choice(list(members))
-        bad = archive({**members, chosen: damage(rng, members[chosen], ARRAYS)}, rng.choice((zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED)))
+        bad = archive({**members, chosen: damage(rng, members[chosen], ARRAYS)},
+          rng.choice((zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED)))
       path.write_bytes(bad)
       check(survives(lambda: data.load('npz', path=str(path), valid=2, test=2), (i, bad)), path)
 
 
-SHAPES = ('(9, 4, 4)', '(9999999999999, 4, 4)', '(9, 4, 1000000000)', '(-9, -4, 4)', '(9, 4)', '()', '(0, 4, 4)', '(9.0, 4, 4)', '(True, 4, 4)',
-          '(9L, 4, 4)', '9', '(1,)*9', '(2**40, 4, 4)', '(18446744073709551617, 4, 4)', '(' * 3000, '-' * 3000 + '1')  # fmt: skip
-DTYPES = ("'|u1'", "'|O'", "'<f8'", "'<i8'", "'<U1000000000'", "'|V99999999999'", "'x'", "''", 'None', "('|u1', (99999, 99999))", "[('a', '|u1')]",
-          "[('a', '|O')]", "'<M8[ns]'", "'<c16'", "[('a', '|u1', (2,)), ('a', '|u1')]", '{}', '[[]]', "'|S0'", "'\\d'")  # fmt: skip
+SHAPES = ('(9, 4, 4)', '(9999999999999, 4, 4)', '(9, 4, 1000000000)', '(-9, -4, 4)', '(9, 4)', '()', '(0, 4, 4)',
+  '(9.0, 4, 4)', '(True, 4, 4)',
+          '(9L, 4, 4)', '9', '(1,)*9', '(2**40, 4, 4)', '(18446744073709551617, 4, 4)', '(' * 3000,
+          '-' * 3000 + '1')  # fmt: skip
+DTYPES = ("'|u1'", "'|O'", "'<f8'", "'<i8'", "'<U1000000000'", "'|V99999999999'", "'x'", "''", 'None',
+  "('|u1', (99999, 99999))", "[('a', '|u1')]",
+          "[('a', '|O')]", "'<M8[ns]'", "'<c16'", "[('a', '|u1', (2,)), ('a', '|u1')]", '{}', '[[]]', "'|S0'",
+          "'\\d'")  # fmt: skip
 
 
 def headers():
@@ -117,7 +122,8 @@ def headers():
     for dtype in DTYPES:
       for order in ('False', 'True', '3'):
         yield f"{{'descr': {dtype}, 'fortran_order': {order}, 'shape': {shape}, }}\n"
-  yield from ('', '{}', '{' * 5000, 'x', "{'descr': '|u1'}", "{'shape': (9, 4, 4)}", '\n', '[1, 2]', ' ' * 60000, "{'descr': '|u1', 'x': " + '9' * 9000)
+  yield from ('', '{}', '{' * 5000, 'x', "{'descr': '|u1'}", "{'shape': (9, 4, 4)}", '\n', '[1, 2]', ' ' * 60000,
+    "{'descr': '|u1', 'x': " + '9' * 9000)
 
 
 @pytest.mark.parametrize('inside', [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -164,7 +170,8 @@ def test_pictures(tmp_path, count):
       path = tmp_path / (rng.choice(list(PICTURES)) if rng.random() < 0.1 else name)
       path.write_bytes(bad)
       channels = rng.choice((1, 3))
-      load = lambda path=path, channels=channels: data.load('folder', path=str(tmp_path), size=4, channels=channels, valid=1, test=1)
+      load = lambda path=path, channels=channels: data.load('folder', path=str(tmp_path), size=4, channels=channels, valid=1,
+        test=1)
       check(survives(load, (i, name, bad)), path)
       path.unlink()
 
@@ -220,7 +227,8 @@ def message(call) -> str:
 def test_what_promises_terabytes_is_refused_before_it_is_allocated(tmp_path, monkeypatch):
   asked = []
   empty = np.empty
-  monkeypatch.setattr(np, 'empty', lambda shape, *args, **kwargs: asked.append(np.prod(shape, dtype=float)) or empty(shape, *args, **kwargs))
+  noted = lambda shape, *args: asked.append(np.prod(shape, dtype=float)) or empty(shape, *args)
+  monkeypatch.setattr(np, 'empty', noted)
   huge = (4_000_000_000, 4000, 4000)
   path = tmp_path / 'file'
   for raw in (encode(IMAGES, huge), gzip.compress(encode(IMAGES, huge))):
@@ -295,6 +303,7 @@ def test_places_that_hold_no_data(tmp_path):
   (tmp_path / 'empty').mkdir()
   gone.symlink_to(tmp_path / 'nothing')
   for name in ('idx', 'npz', 'folder'):
-    for place in (file, loop, gone, tmp_path / 'empty', file / 'below', '~nobody-of-that-name', 'a' * 300, '/dev/null', '', None, 3):
+    for place in (file, loop, gone, tmp_path / 'empty', file / 'below', '~nobody-of-that-name', 'a' * 300, '/dev/null', '',
+      None, 3):
       text = message(lambda name=name, place=place: data.load(name, path=place))
       assert 'config.data.path' in text or str(place) in text, (name, place)

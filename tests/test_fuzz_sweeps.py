@@ -13,7 +13,8 @@ from latentgen.errors import UserError
 from latentgen.evaluate import report
 
 
-RESULTS = {'likelihood/elbo': {'value': -60.0, 'unit': 'nats', 'n': 250, 'stderr': 0.5}, 'rate': {'value': 2.0, 'unit': 'nats', 'n': 250, 'stderr': None}}
+RESULTS = {'likelihood/elbo': {'value': -60.0, 'unit': 'nats', 'n': 250, 'stderr': 0.5},
+  'rate': {'value': 2.0, 'unit': 'nats', 'n': 250, 'stderr': None}}
 def experiment(charts):
   module = types.SimpleNamespace(__doc__='x', SWEEP_CHARTS={'lr': charts})
   return File(pathlib.Path('experiments/some.py'), '', module)
@@ -42,13 +43,14 @@ def test_results_of_a_sweep(tmp_path, count):
 def test_charts_of_a_sweep(count):
   rng = random.Random(6)
   for _ in range(count):
-    chart = {rng.choice(('x', 'y', 'label', 'title', 'log')): rng.choice(VALUES + WORDS) for _ in range(3)} | rng.choice(({}, {'x': 'seed', 'y': 'rate'}))
+    chart = {rng.choice(('x', 'y', 'label', 'title', 'log')): rng.choice(VALUES + WORDS) for _ in range(3)}
+    chart |= rng.choice(({}, {'x': 'seed', 'y': 'rate'}))
     charts = rng.choice(([chart], [chart], chart, rng.choice(VALUES)))
     found = survives(lambda charts=charts: sweeps.check(experiment(charts), 'lr', SETS), charts)
     assert isinstance(found, UserError) or all(set(c) <= set(sweeps.CHART_KEYS) for c in found)
 
 
-@runs(20, 300)
+@runs(20, 100)
 def test_metrics_for_a_report(tmp_path, count):
   rng, path = random.Random(7), tmp_path / 'metrics.jsonl'
   rows = [{'step': s, 'stage': 'vae', 'split': 'train', 'loss': 0.5} for s in range(4)]

@@ -1,4 +1,4 @@
-"""What stands on a page is text: nothing on it runs, and nothing is loaded from elsewhere, whatever a run is called or holds."""
+"""What stands on a page is text: nothing runs, and nothing is loaded from elsewhere, whatever a run is called or holds."""
 
 import base64
 from html.parser import HTMLParser
@@ -15,15 +15,21 @@ from latentgen.config import File
 from latentgen.evaluate import Picture, Result, Table, report, write_pictures
 
 HOSTILE = (
-  '<script>alert(1)</script>', '"><img src=x onerror=alert(1)>', "' onmouseover='alert(1)", '" onload="alert(1)', '</style><script>alert(1)</script>',
-  '</title><script src="//evil.example/x.js"></script>', 'javascript:alert(1)', '<a href="javascript:alert(1)">x</a>', '<iframe src="http://evil.example">',
-  '<link rel=stylesheet href=http://evil.example/x.css>', '<svg onload=alert(1)>', '{{ 7 * 7 }}', '{% raw %}', '&lt;script&gt;', '<!--', '-->', ']]>',
-  '<meta http-equiv=refresh content="0;url=http://evil.example">', '<base href="http://evil.example/">', '\x00\x1b', '$\\frac{$', '$x$', '\u202e', '<b>bold</b>',
+  '<script>alert(1)</script>', '"><img src=x onerror=alert(1)>', "' onmouseover='alert(1)", '" onload="alert(1)',
+  '</style><script>alert(1)</script>',
+  '</title><script src="//evil.example/x.js"></script>', 'javascript:alert(1)', '<a href="javascript:alert(1)">x</a>',
+  '<iframe src="http://evil.example">',
+  '<link rel=stylesheet href=http://evil.example/x.css>', '<svg onload=alert(1)>', '{{ 7 * 7 }}', '{% raw %}',
+  '&lt;script&gt;', '<!--', '-->', ']]>',
+  '<meta http-equiv=refresh content="0;url=http://evil.example">', '<base href="http://evil.example/">', '\x00\x1b',
+  '$\\frac{$', '$x$', '\u202e', '<b>bold</b>',
 )  # fmt: skip
 VOID = {'meta', 'img', 'br'}
-TAGS = {'html', 'head', 'meta', 'title', 'style', 'body', 'main', 'header', 'h1', 'h2', 'h3', 'p', 'div', 'span', 'strong', 'table', 'thead', 'tbody', 'tr',
+TAGS = {'html', 'head', 'meta', 'title', 'style', 'body', 'main', 'header', 'h1', 'h2', 'h3', 'p', 'div', 'span', 'strong',
+  'table', 'thead', 'tbody', 'tr',
         'th', 'td', 'figure', 'img', 'figcaption', 'pre', 'dl', 'dt', 'dd', 'details', 'summary', 'br'}  # fmt: skip
-DRAWN = {'svg', 'metadata', 'RDF', 'Work', 'type', 'format', 'defs', 'style', 'g', 'path', 'use', 'clipPath', 'rect', 'text', 'tspan'}
+DRAWN = {'svg', 'metadata', 'RDF', 'Work', 'type', 'format', 'defs', 'style', 'g', 'path', 'use', 'clipPath', 'rect', 'text',
+  'tspan'}
 ATTRIBUTES = {'lang', 'charset', 'name', 'content', 'class', 'src', 'alt'}
 
 

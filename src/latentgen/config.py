@@ -87,7 +87,8 @@ def load(spec: str) -> tuple[File, ConfigDict]:
   except (Exception, SystemExit) as error:
     raise UserError(f'--config: {name}: get_config({variant!r}) failed: {_one_line(error)}') from error
   if not isinstance(config, ConfigDict):
-    raise UserError(f'--config: {name}: get_config({variant!r}) returned {type(config).__name__}, need an ml_collections.ConfigDict')
+    got = type(config).__name__
+    raise UserError(f'--config: {name}: get_config({variant!r}) returned {got}, need an ml_collections.ConfigDict')
   return File(path, variant, module), config.lock()
 
 
@@ -183,7 +184,7 @@ def _coerce(key: str, value: Any, old: Any) -> Any:
   else:
     good = isinstance(value, type(old))
   if not good:
-    finite = ' a finite one' if isinstance(value, (int, float)) and isinstance(old, float) and not isinstance(value, bool) else ''
+    finite = ' a finite one' if isinstance(old, float) and type(value) in (int, float) else ''
     raise UserError(f'config.{key} is {type(old).__name__} ({old!r}); {value!r} is not{finite}')
   return value
 
@@ -302,7 +303,7 @@ def build_data(
   label_options = {k: options.pop(k) for k in labels.OPTIONS if k in options}
   labels.check(**label_options)
   if shape:
-    if len(shape) != 3 or not all(type(side) is int and 1 <= side <= 2**16 for side in shape):
+    if not isinstance(shape, tuple) or len(shape) != 3 or not all(type(side) is int and 1 <= side <= 2**16 for side in shape):
       raise UserError(f'config.image_shape is {shape!r}, need (height, width, channels)')
     memory.check(batch_size * math.prod(shape), 'config.data.batch_size', 'make it smaller')
     blank = data.ArraySource(np.broadcast_to(np.uint8(0), (batch_size, *shape)), None, 'shapes alone')
@@ -349,13 +350,12 @@ def build_recipe(config: Mapping[str, Any], image_shape: tuple[int, int, int]) -
       builder = module('latentgen.priors', prior, f'{where}.method.prior.name').build
       method_options['prior'] = call(builder, f'{where}.method.prior', prior_options)
     method = call(found.build, f'{where}.method', method_options, net, steps)
+    optimisers = [(u, o, f'{where}.optim.{u}') for u, o in options.get('optim', {}).items()]
     stages.append(
       Stage(
         name=stage,
         method=method,
-        optim={
-          u: _built(f'{where}.optim.{u}', optim.build, f'{where}.optim.{u}', steps, **o) for u, o in options.get('optim', {}).items()
-        },
+        optim={u: _built(key, optim.build, key, steps, **o) for u, o, key in optimisers},
         steps=steps,
         load=options.get('load', {}),
         fit=getattr(method, 'fit', None),
@@ -431,4 +431,4 @@ def check_shapes(run: Any, allocated: bool = True) -> None:
     where = f'config.stages.{stage.name}'
     state = _built(where, run.abstract, stage)
     if allocated and run.mesh.devices.flat[0].platform == 'cpu':
-      memory.check(cost.bytes_per_device(state), f'{where}, of parameters and states of optimisers,', 'make config.model smaller')
+      memory.check(cost.bytes_per_device(state), f'{where}, parameters and optimisers,', 'make config.model smaller')
