@@ -3,15 +3,19 @@
 from collections.abc import Iterable
 import difflib
 
+LONGEST = 1000  # characters of a message
+
 
 class UserError(Exception):
   """Bad input: one line that names the config key or the file, and the remedy.
 
-  The command line prints it without a traceback and exits with status 2.
+  The command line prints it without a traceback and exits with status 2. Of a very long message, which repeats a very long
+  value, the middle is left out.
   """
 
   def __init__(self, message: str):
-    super().__init__(' '.join(str(message).split()))
+    text = ' '.join(str(message).split())
+    super().__init__(text if len(text) <= LONGEST else f'{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}')
 
 
 def did_you_mean(word: object, known: Iterable[str]) -> str:

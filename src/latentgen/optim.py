@@ -50,7 +50,11 @@ def build(
   Raises:
     UserError: a rate, name or option that cannot be.
   """
-  function = getattr(optax, name, None)
+  numbers = {'learning_rate': learning_rate, 'warmup_steps': warmup_steps, 'weight_decay': weight_decay, 'clip_norm': clip_norm}
+  for key, value in {**numbers, 'final_learning_rate': final_learning_rate or 0.0}.items():
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+      raise UserError(f'{where}.{key} is {value!r}, need a number')
+  function = getattr(optax, str(name), None)
   if not callable(function) or 'learning_rate' not in inspect.signature(function).parameters:
     names = [n for n in dir(optax) if n.startswith(('ada', 'sgd', 'lion', 'rms', 'nadam', 'radam', 'novo', 'lamb'))]
     raise UserError(f'{where}.name is {name!r}, which is no optimiser of optax{near(name, names)}')

@@ -38,6 +38,7 @@ class Command:
 
 def tasks(config: ConfigDict) -> dict[str, dict[str, Any]]:
   """{task: options} of `config.evaluate`, checked."""
+  configs.check(config)
   section = configs.plain(config.get('evaluate', {}))
   names = section.pop('tasks', ())
   evaluation.check_tasks({**{name: {} for name in names}, **section})  # options of a task that is left out may stay
@@ -49,6 +50,7 @@ def _open(command: Command) -> tuple[loop.Run, dict[str, Any]]:
   """The run and its description, all checks done and nothing touched."""
   tasks(command.config)
   run = configs.build(command.config, command.workdir.absolute())
+  configs.check_shapes(run)
   mine = workdirs.describe(command.file, configs.plain(command.config), command.overrides, run.mesh)
   mine['data'] = {split: {'n': len(source), 'sha256': source.checksum()} for split, source in run.data.items()}
   workdirs.check(command.workdir, mine)
@@ -112,19 +114,31 @@ def _evaluate(command: Command, run: loop.Run, mine: dict[str, Any]) -> None:
   evaluation.write_results(command.workdir / 'results.json', findings.results, made)
   pictures = evaluation.write_pictures(command.workdir / 'samples' / stage, findings.images)
   evaluation.write_tables(command.workdir / 'tables', findings.tables)
-  rows = [json.loads(line) for line in (command.workdir / 'metrics.jsonl').read_text().splitlines()]
   report.write(
     command.workdir,
     config=mine,
     header=command.file.module.__doc__ or '',
     results=findings.results,
     pictures=pictures,
-    metrics=rows,
+    metrics=_rows(command.workdir / 'metrics.jsonl'),
     paper=[dict(row) for row in configs.plain(command.config.get('paper', ()))],
     command=command.text(),
     tables=findings.tables.values(),
   )
   say(f'report: {command.workdir / "report.html"}')
+
+
+def _rows(path: pathlib.Path) -> list[dict[str, Any]]:
+  """The rows of metrics.jsonl; lines that are none, torn by a kill or of somebody else, are passed over."""
+  rows = []
+  for line in path.read_text(errors='replace').split('\n') if path.is_file() else ():
+    try:
+      row = json.loads(line)
+    except (ValueError, RecursionError):
+      continue
+    if isinstance(row, dict) and type(row.get('step')) is int and all(isinstance(row.get(k), str) for k in ('stage', 'split')):
+      rows.append(row)
+  return rows
 
 
 def sample(command: Command) -> None:
@@ -154,6 +168,7 @@ def estimate(command: Command) -> None:
   from latentgen.train import cost
 
   run = configs.build(command.config, command.workdir.absolute(), shapes_only=True)
+  configs.check_shapes(run, allocated=False)
   with convolution.implementation('native'):  # count what an accelerator computes
     for stage in run.recipe:
       for line in cost.table(run, stage):

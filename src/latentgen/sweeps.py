@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 import dataclasses
 import json
-import math
 import pathlib
 import statistics
+import sys
 from typing import Any
 
 import jax
@@ -46,15 +46,23 @@ def check(file: File, name: str, sets: Sequence[Mapping[str, Any]]) -> list[dict
   Raises:
     UserError: a chart that has no x and y, another key, or a label that is not swept.
   """
-  keys = swept(sets)
-  listed = list(getattr(file.module, 'SWEEP_CHARTS', {}).get(name, ()))
+  keys, where = swept(sets), f'{file.path}: SWEEP_CHARTS[{name!r}]'
+  charted = getattr(file.module, 'SWEEP_CHARTS', {})
+  listed = charted.get(name, ()) if isinstance(charted, Mapping) else None
+  if not isinstance(listed, (tuple, list)) or not all(isinstance(chart, Mapping) for chart in listed):
+    raise UserError(f'{where} is {listed!r}, need a list of dicts with x and y')
+  listed = list(listed)
   for chart in listed:
-    where = f'{file.path}: SWEEP_CHARTS[{name!r}]'
     for key in chart:
       if key not in CHART_KEYS:
         raise UserError(f'{where} has a chart with {key!r}{near(key, CHART_KEYS)}')
     if not chart.get('x') or not chart.get('y'):
       raise UserError(f'{where} has a chart without x and y')
+    for key, value in chart.items():
+      if not isinstance(value, str):
+        raise UserError(f'{where} has a chart with {key} = {value!r}, need a text')
+    if set(chart.get('log', '')) - set('xy'):
+      raise UserError(f"{where} has a chart with log = {chart['log']!r}, need 'x', 'y' or 'xy'")
     if 'label' in chart and chart['label'] not in keys:
       raise UserError(f'{where}: label {chart["label"]!r} is not swept{near(chart["label"], keys)}')
   return listed
@@ -79,8 +87,11 @@ def collect(file: File, name: str, sets: Sequence[Mapping[str, Any]], workdir: p
   for i, overrides in enumerate(sets):
     path = workdir / f'{name}-{i}' / 'results.json'
     try:
-      results = {name: value for name, value in json.loads(path.read_text()).items() if name != 'run'}
-    except (OSError, ValueError, AttributeError) as error:
+      results = json.loads(path.read_text())
+      if isinstance(results, dict):
+        results.pop('run', None)
+      _check_results(results)
+    except (OSError, ValueError, RecursionError) as error:
       hint = 'train it first' if isinstance(error, FileNotFoundError) else f'cannot be read ({type(error).__name__})'
       raise UserError(f'--workdir: run {i} of sweep {name!r} has no results: {path}; {hint}') from error
     members.append(Member(f'{name}-{i}', overrides, results))
@@ -97,6 +108,19 @@ def collect(file: File, name: str, sets: Sequence[Mapping[str, Any]], workdir: p
   path = workdir / f'{name}.html'
   replace_file(path, page.encode())
   say(f'sweep {name}: {path}')
+
+
+def _check_results(results: Any) -> None:
+  """That they are what `write_results` writes; raises ValueError."""
+  if not isinstance(results, dict):
+    raise ValueError('no results')
+  for name, result in results.items():
+    if not isinstance(result, dict) or not isinstance(result.get('unit'), str) or not {'value', 'n', 'stderr'} <= set(result):
+      raise ValueError(name)
+    if not _is_number(result['value']) or not _is_number(result['n']):
+      raise ValueError(name)
+    if result['stderr'] is not None and not (_is_number(result['stderr']) and result['stderr'] >= 0):
+      raise ValueError(name)
 
 
 # ---------------------------------------------------------------------------------------- tables
@@ -176,7 +200,7 @@ def _title(chart: Mapping[str, Any]) -> str:
 
 
 def _is_number(value: Any) -> bool:
-  return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+  return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def draw(chart: Mapping[str, Any], members: Sequence[Member], keys: Sequence[str]) -> bytes:
@@ -211,5 +235,4 @@ def draw(chart: Mapping[str, Any], members: Sequence[Member], keys: Sequence[str
 
 
 def _plain(value: Any) -> str:
-  """Text that matplotlib does not read as mathematics."""
-  return _text(value).replace('$', r'\$')
+  return charts.plain(_text(value))

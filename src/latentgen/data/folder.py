@@ -7,10 +7,11 @@ import warnings
 
 import numpy as np
 
-from latentgen.data import paths, splits
+from latentgen.data import memory, paths, splits
 from latentgen.data.source import ArraySource, RecordSource, in_memory as to_memory
 from latentgen.errors import UserError
 
+FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP', 'GIF', 'TIFF', 'PPM')  # no other decoder of Pillow sees the files
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.ppm', '.pgm')
 
 
@@ -42,6 +43,8 @@ def load(
     raise UserError(f'config.data.size = {size!r} must be a number of pixels from 1 to 4096')
   if channels not in (1, 3):
     raise UserError(f'config.data.channels = {channels!r} must be 1 or 3')
+  if not isinstance(in_memory, bool):
+    raise UserError(f'config.data.in_memory = {in_memory!r} must be True or False')
   root = paths.resolve(path, 'config.data.path')
   if not root.is_dir():
     raise UserError(f'config.data.path = {str(path)!r} is not a directory; it must hold image files')
@@ -66,6 +69,7 @@ def load(
   order, name = splits.permutation(len(files), 0), source.name
   cuts = splits.parts(len(files), valid, test)
   if in_memory:
+    memory.check(len(files) * size**2 * channels, 'config.data.size', 'make it smaller, or set config.data.in_memory = False')
     source = to_memory(source)
   return {s: source.subset(order[cut], f'{name}/{s}') for s, cut in zip(('train', 'valid', 'test'), cuts, strict=True)}
 
@@ -94,11 +98,26 @@ def _decode(record: tuple[pathlib.Path, int | None], size: int, channels: int) -
   path, label = record
   try:
     with warnings.catch_warnings():
+      warnings.simplefilter('ignore')  # about details of damaged files
       warnings.simplefilter('error', Image.DecompressionBombWarning)
-      with Image.open(path) as image:
-        return fit(image.convert('RGB' if channels == 3 else 'L'), size), label
-  except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-    raise UserError(f'{path} cannot be decoded ({error}); replace or remove it') from None
+      with Image.open(path, formats=FORMATS) as image:
+        return fit(_bytes(image, path).convert('RGB' if channels == 3 else 'L'), size), label
+  except UserError:
+    raise
+  except Exception as error:  # the decoders raise many types for damaged files
+    raise UserError(f'{path} cannot be decoded ({type(error).__name__}: {error}); replace or remove it') from None
+
+
+def _bytes(image, path: pathlib.Path):
+  """The PIL image with a byte a channel: of 16-bit grey levels the high byte."""
+  from PIL import Image
+
+  if image.mode not in ('F', 'I') and not image.mode.startswith('I;16'):
+    return image
+  levels = np.asarray(image)
+  if image.mode == 'F' or levels.min() < 0 or levels.max() >= 2**16:
+    raise UserError(f'{path} has grey levels of more than 16 bits; save it with 8 bits a channel')
+  return Image.fromarray((levels >> 8).astype(np.uint8))
 
 
 def fit(image, size: int | None = None, crop: tuple[int, int, int, int] | None = None) -> np.ndarray:

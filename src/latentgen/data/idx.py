@@ -15,7 +15,7 @@ import zlib
 
 import numpy as np
 
-from latentgen.data import paths, splits
+from latentgen.data import memory, paths, splits
 from latentgen.data.source import ArraySource
 from latentgen.errors import UserError
 
@@ -40,6 +40,9 @@ def load(
   Raises:
     UserError: a file is missing or ambiguous, damaged, or does not fit the others.
   """
+  for key, value, kind in (('labels', labels, bool), ('prefix', prefix, str), ('transpose', transpose, bool)):
+    if not isinstance(value, kind):
+      raise UserError(f'config.data.{key} = {value!r} must be {"a text" if kind is str else "True or False"}')
   folder = paths.resolve(path, 'config.data.path')
   if not folder.is_dir():
     raise UserError(
@@ -97,7 +100,8 @@ def _find(folder: pathlib.Path, split: str, what: str, prefix: str) -> pathlib.P
 def read(path: str | pathlib.Path, dimensions: int) -> np.ndarray:
   """The array in an IDX file of unsigned bytes.
 
-  Nothing is allocated on the word of the header: the file is read block by block, up to what the header promises.
+  Nothing is allocated on the word of the header: the file is read block by block, up to what the header promises, and
+  not at all if a file of its size cannot hold that much.
 
   Args:
     path: the file; gzip is recognised by its first two bytes.
@@ -135,9 +139,13 @@ def _parse(path: pathlib.Path, file: BinaryIO, dimensions: int) -> np.ndarray:
   if 0 in shape or any(side > _SIDE for side in shape[1:]):
     raise UserError(f'{path}: the header gives the shape {shape}, which cannot be; {_AGAIN}')
   count = math.prod(shape)
+  short = f'{path}: truncated: {list(shape)} bytes are announced, the file holds less; {_AGAIN}'
+  if count > memory.DEFLATE * path.stat().st_size:
+    raise UserError(short)
+  memory.check(count, str(path), _AGAIN)
   body = _body(file, count)
   if len(body) < count:
-    raise UserError(f'{path}: truncated: {list(shape)} bytes are announced, the file holds less; {_AGAIN}')
+    raise UserError(short)
   if len(body) > count:
     raise UserError(f'{path}: bytes follow after the {list(shape)} that are announced; {_AGAIN}')
   return np.frombuffer(body, np.uint8).reshape(shape)

@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 
-from latentgen.data import splits
+from latentgen.data import memory, splits
 from latentgen.data.source import Indices, Source
 from latentgen.errors import UserError
 
@@ -96,6 +96,8 @@ def few(source: Source, seed: int, labels_per_class: int | None = None, labelled
     kept = np.sort(np.concatenate(kept))
   mine = np.full(len(labels), -1, np.int32)
   mine[kept] = labels[kept]
+  size = 24 * (len(labels) + len(kept) * (labelled_copies - 1))  # bytes of indices and labels
+  memory.check(size, f'config.data.labelled_copies = {labelled_copies}', 'make it smaller')
   rows = np.concatenate([np.arange(len(labels)), np.tile(kept, labelled_copies - 1)])
   return Relabelled(source, rows, mine[rows], len(labels))
 

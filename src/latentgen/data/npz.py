@@ -6,16 +6,19 @@ A `.npy` holds images alone. Images are uint8, [n, h, w] or [n, h, w, c].
 """
 
 from collections.abc import Mapping
+import math
 import pathlib
+from typing import BinaryIO
+import warnings
 import zipfile
-import zlib
 
 import numpy as np
 
-from latentgen.data import paths, splits
+from latentgen.data import memory, paths, splits
 from latentgen.data.source import ArraySource
 from latentgen.errors import UserError
 
+_KINDS, _DIMENSIONS = 'biufc', 8  # of arrays that are read
 _NAMES = {'train': ('train',), 'valid': ('valid', 'val', 'validation'), 'test': ('test',)}
 
 
@@ -83,23 +86,51 @@ def _source(arrays: Mapping[str, np.ndarray], file: pathlib.Path, name: str, ima
 def _read(file: pathlib.Path) -> dict[str, np.ndarray]:
   try:
     with open(file, 'rb') as handle:
-      start = handle.read(6)
-    if start == b'\x93NUMPY':
-      return {'images': np.array(np.load(file, mmap_mode='r', allow_pickle=False))}  # a map is held to the file's size
+      if handle.read(6) == b'\x93NUMPY':
+        handle.seek(0)
+        return {'images': _array(handle, file.stat().st_size)}
     if not zipfile.is_zipfile(file):
       raise UserError(f'config.data.path = {str(file)!r} is neither an .npz nor an .npy file; save it with numpy.savez')
-    with np.load(file, allow_pickle=False) as archive:
-      return {key: archive[key] for key in archive.files}
-  except (FileNotFoundError, IsADirectoryError):
+    with zipfile.ZipFile(file) as archive:
+      members = {m.filename.removesuffix('.npy'): m for m in archive.infolist() if m.filename.endswith('.npy')}
+      memory.check(sum(m.file_size for m in members.values()), str(file), 'split it, or save images as a folder')
+      return {name: _member(archive, member) for name, member in members.items()}
+  except UserError:
+    raise
+  except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
     raise UserError(f'config.data.path = {str(file)!r} is not a file; point it to an .npz or .npy file') from None
-  except (
-    OSError,
-    ValueError,
-    EOFError,
-    KeyError,
-    zlib.error,
-    zipfile.BadZipFile,
-    NotImplementedError,
-    MemoryError,
-  ) as error:
+  except Exception as error:  # parsers of several packages
     raise UserError(f'{file} cannot be read ({error}); save plain arrays with numpy.savez') from None
+
+
+def _member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
+  if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+    raise ValueError(f'{member.filename} is compressed in a way that numpy does not use')
+  if member.file_size > memory.DEFLATE * member.compress_size:
+    raise ValueError(f'{member.filename} promises more than it can hold')
+  with archive.open(member) as handle:
+    return _array(handle, member.file_size)
+
+
+def _array(handle: BinaryIO, size: int) -> np.ndarray:
+  """The array in a .npy file of `size` bytes; its header is not believed, and no object is unpickled.
+
+  Raises:
+    ValueError: the header is damaged, or promises what the file does not hold.
+  """
+  version = np.lib.format.read_magic(handle)
+  if version not in ((1, 0), (2, 0)):
+    raise ValueError(f'version {version} of the format is not one for plain arrays')
+  read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+  with warnings.catch_warnings():
+    warnings.simplefilter('ignore')  # numpy warns about old headers, and Python about what it finds in damaged ones
+    shape, fortran, dtype = read(handle)
+  if dtype.kind not in _KINDS or not all(type(side) is int and side >= 0 for side in shape) or len(shape) > _DIMENSIONS:
+    raise ValueError(f'{dtype} {shape} is no array of numbers')
+  count = math.prod(shape)
+  if handle.tell() + count * dtype.itemsize != size:
+    raise ValueError(f'{dtype} {shape} is announced, which is not what the file holds')
+  array = np.empty(count, dtype)
+  if count and handle.readinto(array.view(np.uint8)) != array.nbytes:
+    raise ValueError('truncated')
+  return array.reshape(shape, order='F' if fortran else 'C')

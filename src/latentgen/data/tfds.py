@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import functools
 import os
 import pathlib
+import re
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,9 @@ def load(
     crop = tuple(crop)
   if size is not None and (isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= 4096):
     raise UserError(f'config.data.size = {size!r} must be a number of pixels from 1 to 4096')
+  for key, value in (('image', image), ('label', label)):
+    if not isinstance(value, str) and (key, value) != ('label', None):
+      raise UserError(f'config.data.{key} = {value!r} must be the name of a feature')
   folder = find(dataset, data_dir)
 
   import tensorflow_datasets as tfds
@@ -116,8 +120,8 @@ def find(dataset: str, data_dir: str | None = None) -> pathlib.Path:
   """
   root = paths.resolve(data_dir or os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets', 'config.data.data_dir')
   name, _, version = str(dataset or '').partition(':')
-  if not name:
-    raise UserError("config.data.dataset must name a data set of tensorflow-datasets, such as 'mnist'")
+  if not re.fullmatch(r'\w[\w.+-]{0,99}(/[\w.+-]{1,99})?', name) or '..' in name:
+    raise UserError(f"config.data.dataset = {dataset!r} must name a data set of tensorflow-datasets, such as 'mnist'")
   prepared = [f.parent for depth in ('*', '*/*') for f in (root / name).glob(f'{depth}/dataset_info.json')]
   prepared = [f for f in prepared if version in ('', f.name)]
   if not prepared:

@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 
+from latentgen.data import memory
 from latentgen.data.source import ArraySource
 from latentgen.errors import UserError, near
 
@@ -52,15 +53,19 @@ def load(
   for name, value in counts.items():
     if isinstance(value, bool) or not isinstance(value, int) or value < (2 if name == 'dims' else 1):
       raise UserError(f'{where}.{name} is {value!r}, need a whole number of at least {2 if name == "dims" else 1}')
-  if not noise > 0:
+  if isinstance(noise, bool) or not isinstance(noise, (int, float)) or not 0 < noise < 1e30:
     raise UserError(f'{where}.noise is {noise!r}, need a positive number')
+  if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+    raise UserError(f'{where}.seed is {seed!r}, need a whole number of at least 0')
   if kind == 'factors' and components > dims:
     raise UserError(f'{where}.components is {components}, more factors than the {dims} dimensions')
   side = math.isqrt(components)
   if kind == 'grid' and (side**2 != components or dims != 2):
     raise UserError(f'{where}.components is {components}, need a square number for a grid, and {where}.dims = 2, not {dims}')
-  rng = np.random.default_rng([KINDS.index(kind), seed])
   n = train + valid + test
+  square = dims**2 if kind == 'factors' else 0
+  memory.check(8 * (n * (dims + 1) + square), f'{where}.dims = {dims} with {n} examples', 'make one of them smaller')
+  rng = np.random.default_rng([KINDS.index(kind), seed])
   if kind == 'blobs':
     labels = rng.integers(components, size=n)
     angle = 2 * math.pi * labels / components

@@ -1,12 +1,15 @@
 """Charts drawn with matplotlib into arrays or SVG, without global state and the same to the byte every time."""
 
+import contextlib
 import io
+import warnings
 
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 import numpy as np
 
+LABEL = 60  # characters
 COLORS = ('#3b7dd8', '#e07b39', '#3a9d6b', '#c2507a', '#8a6fd1', '#9a8a3c', '#5aa6b8', '#8c8c8c')
 INK = '#7d848d'  # legible on white and on black
 STYLE = {
@@ -41,10 +44,26 @@ def style():
   return rc_context(STYLE)
 
 
+def plain(text: str) -> str:
+  """A text as a label: not read as mathematics, without control characters, cut where it is overlong."""
+  shown = ''.join(c if c.isprintable() else '\ufffd' for c in text)
+  return (shown if len(shown) <= LABEL else f'{shown[: LABEL - 1]}…').replace('$', r'\$')
+
+
+@contextlib.contextmanager
+def _any_text():
+  """Characters that the font lacks are boxes, labels too wide overlap: without a word."""
+  with warnings.catch_warnings():
+    warnings.filterwarnings('ignore', 'Glyph .* missing', UserWarning)
+    warnings.filterwarnings('ignore', 'constrained_layout not applied', UserWarning)
+    yield
+
+
 def pixels(figure: Figure) -> np.ndarray:
   """The figure on white, uint8 [H, W, 3]."""
   figure.patch.set_facecolor('white')
-  figure.canvas.draw()
+  with _any_text():
+    figure.canvas.draw()
   return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
 
 
@@ -53,7 +72,8 @@ def svg(figure: Figure) -> bytes:
   buffer = io.BytesIO()
   for ax in figure.axes:
     ax.set_facecolor('none')
-  figure.savefig(buffer, format='svg', transparent=True, metadata={'Date': None, 'Creator': None})
+  with _any_text():
+    figure.savefig(buffer, format='svg', transparent=True, metadata={'Date': None, 'Creator': None})
   return buffer.getvalue()
 
 

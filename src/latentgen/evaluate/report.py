@@ -198,7 +198,8 @@ def _chart(lines: Mapping[str, list[tuple[float, float]]]) -> bytes:
     for i, (label, points) in enumerate(sorted(lines.items(), key=lambda item: natural(item[0]))[:MAX_LINES]):
       steps, values = zip(*sorted(points), strict=True)
       mark = 'o' if len(points) < 12 else None
-      ax.plot(steps, values, color=charts.COLORS[i % len(charts.COLORS)], lw=1.5, marker=mark, ms=2.5, label=label)
+      color = charts.COLORS[i % len(charts.COLORS)]
+      ax.plot(steps, values, color=color, lw=1.5, marker=mark, ms=2.5, label=charts.plain(label))
     ax.set_xlabel('step')
     ax.margins(x=0.02)
     ax.locator_params(nbins=5)

@@ -92,5 +92,6 @@ def replace_file(path: str | os.PathLike, content: bytes) -> None:
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   beside = path.with_name(f'.{path.name}.partial')
+  beside.unlink(missing_ok=True)  # what a kill left, or a link that leads elsewhere
   beside.write_bytes(content)
   os.replace(beside, path)

@@ -1,0 +1,102 @@
+"""What must hold of any config, whatever it configures; and configs as plain data."""
+
+from collections.abc import Mapping
+import math
+import re
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from latentgen.errors import UserError, near
+
+TOP_LEVEL = ('data', 'model', 'recipe', 'stages', 'evaluate', 'mesh', 'train', 'debug', 'seed', 'paper', 'image_shape')
+
+LARGEST = 2**24  # whole number in the options of a network, a method or a task
+
+
+def flatten(config: Mapping, prefix: str = '') -> dict[str, Any]:
+  """{'a.b.c': leaf}."""
+  flat = {}
+  for key in config:
+    value = config[key]
+    if isinstance(value, (ConfigDict, Mapping)):
+      flat |= flatten(value, f'{prefix}{key}.')
+    else:
+      flat[f'{prefix}{key}'] = value
+  return flat
+
+
+def plain(config: Any) -> Any:
+  """ConfigDicts and lists as dicts and tuples, all the way down."""
+  if isinstance(config, (ConfigDict, Mapping)):
+    return {k: plain(config[k]) for k in config}
+  return tuple(plain(v) for v in config) if isinstance(config, (list, tuple)) else config
+
+
+def check(config: Any) -> None:
+  """What must hold of any config: sections are sections, names are texts, numbers are finite and not absurdly large.
+
+  Raises:
+    UserError: one line that names the key.
+  """
+  config = plain(config)
+  for key in config:
+    if key not in TOP_LEVEL:
+      raise UserError(f'config.{key} does not exist{near(key, TOP_LEVEL)}')
+  for key in ('data', 'model', 'recipe', 'stages'):
+    if key not in config:
+      raise UserError(f'config.{key} is missing')
+  _section('data', config['data'])
+  _section('model', config['model'])
+  for name, stage in _section('stages', config['stages']).items():
+    where = f'stages.{name}'
+    for part in _section(where, stage):
+      if part in ('method', 'optim', 'load', 'ema'):
+        _section(f'{where}.{part}', stage[part])
+    for update, options in stage.get('optim', {}).items():
+      _section(f'{where}.optim.{update}', options)
+  for name, options in _section('evaluate', config.get('evaluate', {})).items():
+    if name != 'tasks':
+      _section(f'evaluate.{name}', options)
+  for key in ('mesh', 'train'):
+    _section(key, config.get(key, {}))
+  for key, names in (('recipe', config['recipe']), ('evaluate.tasks', config.get('evaluate', {}).get('tasks', ()))):
+    if not isinstance(names, tuple) or not all(isinstance(n, str) for n in names):
+      raise UserError(f'config.{key} is {names!r}, need a tuple of names')
+  seed = config.get('seed', 0)
+  if type(seed) is not int or not 0 <= seed < 2**32:
+    raise UserError(f'config.seed is {seed!r}, need a whole number from 0 to {2**32 - 1}')
+  for key, value in flatten(config).items():
+    counts = key.startswith(('model.', 'evaluate.')) or re.match(r'stages\.[^.]*\.method\.', key)
+    _finite(key, value, LARGEST if counts else 2**63 - 1)
+
+
+def _section(key: str, value: Any) -> Mapping[str, Any]:
+  if not isinstance(value, Mapping) or not all(isinstance(k, str) for k in value):
+    raise UserError(f'config.{key} is {value!r}, need a section of named keys')
+  return value
+
+
+def _finite(key: str, value: Any, largest: int) -> None:
+  if isinstance(value, tuple):
+    for one in value:
+      _finite(key, one, largest)
+  elif isinstance(value, float) and not math.isfinite(value):
+    raise UserError(f'config.{key} is {value!r}, need a finite number')
+  elif isinstance(value, int) and abs(value) > largest:
+    raise UserError(f'config.{key} is {value!r}, need a whole number of at most {largest}')
+
+
+def check_rules(rules: Any) -> None:
+  """What must hold of `config.mesh.rules`.
+
+  Raises:
+    UserError: a rule that is no pair, or whose pattern is no regular expression.
+  """
+  for rule in rules if isinstance(rules, tuple) else (rules,):
+    if not isinstance(rule, tuple) or len(rule) != 2 or not isinstance(rule[0], str) or rule[1] not in ('fsdp', 'replicate'):
+      raise UserError(f"config.mesh.rules holds {rule!r}, need pairs of a regular expression and 'fsdp' or 'replicate'")
+    try:
+      re.compile(rule[0])
+    except (re.error, RecursionError, OverflowError) as error:
+      raise UserError(f'config.mesh.rules holds {rule[0]!r}, which is no regular expression: {error}') from error
