@@ -2,7 +2,8 @@
 # A run on a slice of a TPU pod, spot or reserved, from its request to its end; from your own machine, in the repository's folder:
 #   ZONE=us-west4-a RUNS=10.0.0.2:/runs launch/tpu_pod.sh
 # RUNS is an NFS share (Filestore, say): checkpoints must be seen by all workers and outlive a slice that is preempted.
-# When the slice is taken away the script asks for another; the same command goes on from the last checkpoint.
+# When the slice is taken away the script asks for another; the same command goes on from the last checkpoint. STARTS bounds how
+# often a command that fails is started again.
 set -uo pipefail
 
 NAME=${NAME:-nvae-nce}
@@ -11,6 +12,7 @@ RUNS=${RUNS:?the NFS share for runs, host:/path}
 TYPE=${TYPE:-v5litepod-16}
 RUNTIME=${RUNTIME:-v2-alpha-tpuv5-lite}
 PRICE=${PRICE:---spot}
+STARTS=${STARTS:-100}
 here=$(dirname "$0")
 
 # What all workers do, at the same time; --distributed=on, as a TPU VM says what it is by its metadata server alone.
@@ -37,9 +39,10 @@ request() {
     --runtime-version="$RUNTIME" --metadata=runs="$RUNS" --metadata-from-file=startup-script="$here/tpu_startup.sh" "$PRICE"
 }
 
-while true; do
+while [ "$STARTS" -gt 0 ]; do
   case $(state) in
     ACTIVE)
+      STARTS=$((STARTS - 1))
       worker ssh "$NAME" --command='mkdir -p ~/latentgen' &&
         worker scp --recurse pyproject.toml README.md src experiments "$NAME":latentgen/ &&
         worker ssh "$NAME" --command="$command"
@@ -55,3 +58,6 @@ while true; do
     *) sleep 60 ;; # waiting for its turn, or being made
   esac
 done
+delete
+echo "$NAME: given up after so many starts; the last lines above say why" >&2
+exit 1
