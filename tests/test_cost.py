@@ -127,9 +127,9 @@ def test_flops_count_loops_branches_and_types():
 # ---------------------------------------------------------------------------------------------- a small NVAE
 
 
-def traffic(data, fsdp):
+def traffic(experiment, data, fsdp):
   env = {**os.environ, 'PYTHONPATH': str(HERE.parent / 'src'), 'JAX_PLATFORMS': 'cpu'}
-  command = [sys.executable, str(HERE / 'traffic.py'), str(data), str(fsdp)]
+  command = [sys.executable, str(HERE / 'traffic.py'), experiment, str(data), str(fsdp)]
   done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
   assert done.returncode == 0, done.stderr[-3000:]
   return json.loads(done.stdout)
@@ -137,12 +137,12 @@ def traffic(data, fsdp):
 
 @pytest.fixture(scope='module')
 def split_data():
-  return traffic(2, 1)
+  return traffic('nvae.py', 2, 1)
 
 
 @pytest.fixture(scope='module')
 def split_parameters():
-  return traffic(1, 2)
+  return traffic('nvae.py', 1, 2)
 
 
 @pytest.mark.slow
@@ -161,6 +161,12 @@ def test_data_parallel_step_reduces_gradients_and_statistics_and_moves_nothing_e
   channels = split_data['statistics'] // 2  # a mean and a variance
   # BatchNorm reduces two moments forward and two backward; metrics and the balance of the KL terms are scalars.
   assert gradients <= total <= gradients + 4 * 4 * channels + 256
+
+
+@pytest.mark.slow
+def test_more_devices_move_the_same_tensors():
+  two, four = ([{**c, 'group': len(c['group'])} for c in traffic('vae_nce.py', n, 1)['moved']] for n in (2, 4))
+  assert two and [{**c, 'group': 4} for c in two] == four
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
-"""Run as a program by test_cost.py: the collectives of a small NVAE's training step on emulated devices, as JSON.
+"""Run as a program by test_cost.py: what a smoke experiment's training step moves between emulated devices, as JSON.
 
-usage: traffic.py DATA FSDP
+usage: traffic.py EXPERIMENT DATA FSDP
 """
 
 import dataclasses
@@ -15,9 +15,9 @@ from latentgen.nets import convolution
 from latentgen.train import cost
 
 
-def main(data: int, fsdp: int) -> None:
+def main(experiment: str, data: int, fsdp: int) -> None:
   root = pathlib.Path(__file__).parents[1]
-  _, config = configs.load(f'{root / "experiments" / "nvae.py"}:smoke')
+  _, config = configs.load(f'{root / "experiments" / experiment}:smoke')
   with config.unlocked():
     config.mesh.min_shard_size = 64
   run = configs.build(config, pathlib.Path('unused'), cost.make_mesh(data, fsdp))
@@ -42,4 +42,4 @@ def main(data: int, fsdp: int) -> None:
 
 
 if __name__ == '__main__':
-  main(int(sys.argv[1]), int(sys.argv[2]))
+  main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
