@@ -39,10 +39,11 @@ def spread(pair: cost.Cost, devices: int) -> cost.Cost:
 
 def main(spec: str = 'experiments/nvae.py:celebahq256', images: str = '4') -> None:
   pair = measure(spec, int(images))
-  print(f'{spec}, stage {pair.stage}, {images} images a device, {sum(pair.parameters.values()):,} parameters; on each device: ')
-  print(', '.join(f'{kind} {cost.human(size)}' for kind, size in pair.memory.items() if size))
+  print(f'{spec}, stage {pair.stage}, {images} images a device, {sum(pair.parameters.values()):,} parameters')
+  print('on each device:', ', '.join(f'{kind} {cost.human(size)}' for kind, size in pair.memory.items() if size))
   print(f'collectives a step: {sum(c.times for c in pair.moved):,}, {cost.human(sum(c.times * c.payload for c in pair.moved))}')
-  names = [f'{h.name}: compute + collectives, efficiency' for h in HARDWARE]
+  print('predicted: compute + collectives, efficiency without overlap to efficiency with full overlap')
+  names = [h.name for h in HARDWARE]
   print('| devices | images | each sends |', ' | '.join(names), '|')
   print('|', ' | '.join(['---:'] * (3 + len(names))), '|')
   for devices in DEVICES:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from latentgen.errors import UserError
 from latentgen.train import collectives, cost
 from latentgen.train.collectives import Collective
 from latentgen.train.hardware import HARDWARE, Hardware
@@ -110,6 +111,12 @@ def test_hardware_is_named_once_and_says_where_its_figures_are_from():
   assert [h.name for h in HARDWARE] == ['H200 SXM', 'TPU v5e', 'TPU v5p']
   for h in HARDWARE:
     assert 'bfloat16' in h.peak and h.peak['float32'] <= h.peak['bfloat16'] and h.near > h.far and h.source
+
+
+@pytest.mark.parametrize('data, fsdp, key', [(0, 1, 'data'), (-2, 1, 'data'), (1, 0, 'fsdp'), (10**6, 1, 'data'), (2**10, 2**10, '')])
+def test_meshes_that_cannot_be_are_refused(data, fsdp, key):
+  with pytest.raises(UserError, match=f'^config.mesh.?{key}'):
+    cost.make_mesh(data, fsdp)
 
 
 def test_flops_count_loops_branches_and_types():
