@@ -1,7 +1,7 @@
 """The table of docs/scaling.md, printed: python bench/scaling.py [EXPERIMENT [IMAGES_A_DEVICE]].
 
-Predicts weak scaling over data-parallel devices of an experiment's first stage. The step is compiled once, for two devices: on more
-of them each has the same program, and collectives the same tensors between more members (tests/test_cost.py).
+Predicts weak scaling over data-parallel devices of an experiment's first stage. The step is compiled once, for two devices: on
+more of them each has the same program, and collectives the same tensors between more members (tests/test_cost.py).
 """
 
 import dataclasses
@@ -52,7 +52,8 @@ def main(spec: str = 'experiments/nvae.py:celebahq256', images: str = '4') -> No
     for hardware in HARDWARE:
       (compute, moving), (least, most) = step.seconds(hardware), step.efficiency(hardware)
       cells.append(f'{cost.duration(compute)} + {cost.duration(moving)}, {least:.0%} to {most:.0%}')
-    print('|', devices, '|', step.batch_size, '|', cost.human(sum(c.times * c.sent for c in step.moved)), '|', ' | '.join(cells), '|')
+    sent = cost.human(sum(c.times * c.sent for c in step.moved))
+    print('|', ' | '.join([str(devices), str(step.batch_size), sent, *cells]), '|')
 
 
 if __name__ == '__main__':

@@ -1,5 +1,5 @@
 #!/bin/bash
-# A run on a slice of a TPU pod, spot or reserved, from its request to its end; from your own machine, in the repository's folder:
+# A run on a slice of a TPU pod, from its request to its end; from your own machine, in the repository's folder:
 #   ZONE=us-west4-a RUNS=10.0.0.2:/runs launch/tpu_pod.sh
 # RUNS is an NFS share (Filestore, say): checkpoints must be seen by all workers and outlive a slice that is preempted.
 # When the slice is taken away the script asks for another; the same command goes on from the last checkpoint. STARTS bounds how

@@ -80,7 +80,10 @@ def test_a_notation_of_groups_that_is_not_known_is_an_error():
     collectives.find(PROGRAM.replace("{'axis_0'}", "{'axis_1':(2)2}"), 8)
 
 
-@pytest.mark.parametrize('kind, factor', [('all-reduce', 1.5), ('all-gather', 0.75), ('reduce-scatter', 0.75), ('all-to-all', 0.75)])
+RINGS = [('all-reduce', 1.5), ('all-gather', 0.75), ('reduce-scatter', 0.75), ('all-to-all', 0.75)]
+
+
+@pytest.mark.parametrize('kind, factor', RINGS)
 def test_bytes_that_a_ring_of_four_sends(kind, factor):
   assert Collective(kind, 1000, (0, 1, 2, 3), 1, '', True).sent == 1000 * factor
 
@@ -113,7 +116,10 @@ def test_hardware_is_named_once_and_says_where_its_figures_are_from():
     assert 'bfloat16' in h.peak and h.peak['float32'] <= h.peak['bfloat16'] and h.near > h.far and h.source
 
 
-@pytest.mark.parametrize('data, fsdp, key', [(0, 1, 'data'), (-2, 1, 'data'), (1, 0, 'fsdp'), (10**6, 1, 'data'), (2**10, 2**10, '')])
+BAD = [(0, 1, 'data'), (-2, 1, 'data'), (1, 0, 'fsdp'), (10**6, 1, 'data'), (2**10, 2**10, '')]
+
+
+@pytest.mark.parametrize('data, fsdp, key', BAD)
 def test_meshes_that_cannot_be_are_refused(data, fsdp, key):
   with pytest.raises(UserError, match=f'^config.mesh.?{key}'):
     cost.make_mesh(data, fsdp)

@@ -99,7 +99,7 @@ def test_slurm_jobs_requeue_themselves_when_stopped_and_only_then(tmp_path):
   for path in SLURM:
     if path.name == 'slurm_collect.sh':
       continue
-    for status, state, again in ((143, 'RUNNING', True), (143, 'COMPLETING', False), (0, 'RUNNING', False), (2, 'RUNNING', False)):
+    for status, state in ((143, 'RUNNING'), (143, 'COMPLETING'), (0, 'RUNNING'), (2, 'RUNNING')):
       (tmp_path / 'scontrol.log').write_text('')
       env = {
         'PATH': f'{tmp_path}:/usr/bin:/bin', 'STATUS': str(status), 'STATE': state,
@@ -107,7 +107,7 @@ def test_slurm_jobs_requeue_themselves_when_stopped_and_only_then(tmp_path):
       }  # fmt: skip
       done = subprocess.run(['bash', str(path)], cwd=tmp_path, env=env, capture_output=True, text=True)
       assert done.returncode == status and not done.stderr
-      assert (tmp_path / 'scontrol.log').read_text() == ('requeue 17\n' if again else '')
+      assert (tmp_path / 'scontrol.log').read_text() == ('requeue 17\n' if (status, state) == (143, 'RUNNING') else '')
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,8 @@ def test_processes_of_a_kubernetes_job_find_each_other():
   service = kinds['Service']['metadata']['name']
   assert pod['subdomain'] == service and kinds['Service']['spec']['clusterIP'] == 'None'
   assert kinds['Service']['spec']['selector'] == {'job-name': kinds['Job']['metadata']['name']}
-  assert env['JAX_COORDINATOR_ADDRESS'] == f'{kinds["Job"]["metadata"]["name"]}-0.{service}:{container["ports"][0]["containerPort"]}'
+  host, port = kinds['Job']['metadata']['name'] + '-0', container['ports'][0]['containerPort']
+  assert env['JAX_COORDINATOR_ADDRESS'] == f'{host}.{service}:{port}'
   assert int(env['JAX_NUM_PROCESSES']) == job['completions']
   assert len(env['JAX_LOCAL_DEVICE_IDS'].split(',')) == container['resources']['limits']['nvidia.com/gpu']
   (index,) = [e['valueFrom']['fieldRef']['fieldPath'] for e in container['env'] if e['name'] == 'JAX_PROCESS_ID']
@@ -186,7 +187,8 @@ def test_processes_of_a_kubernetes_job_find_each_other():
 
 
 def test_the_command_line_recognises_the_launch_files_environments(monkeypatch):
-  for variable in ('SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE', 'JAX_NUM_PROCESSES', 'TPU_WORKER_HOSTNAMES', 'MEGASCALE_COORDINATOR_ADDRESS'):
+  known = 'SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE', 'JAX_NUM_PROCESSES', 'TPU_WORKER_HOSTNAMES', 'MEGASCALE_COORDINATOR_ADDRESS'
+  for variable in known:
     monkeypatch.delenv(variable, raising=False)
   assert not command.cluster()
   for variable, value, several in (

@@ -53,12 +53,12 @@ class Hardware:
     return passes * c.payload * ((k - 1) / k / self.near + (m - 1) / m / k / self.far)
 
 
-# float32 is multiplied in TF32 on the GPU and in one pass of bfloat16 on a TPU, unless jax_default_matmul_precision says otherwise.
+# float32 is multiplied in TF32 on the GPU, in one pass of bfloat16 on a TPU, unless jax_default_matmul_precision says otherwise.
 HARDWARE = (
   Hardware(
     'H200 SXM', {'bfloat16': 989.5e12, 'float16': 989.5e12, 'float32': 494.5e12}, 141e9, near=450e9, domain=8, far=50e9,
-    source='NVIDIA H200 datasheet: BF16 1,979 and TF32 989 TFLOPS with sparsity, half of it dense; 141 GB; NVLink 900 GB/s, both '
-    'directions. NVIDIA DGX H200 datasheet: 8 GPUs; a 400 Gb/s network port for each',
+    source='NVIDIA H200 datasheet: BF16 1,979 and TF32 989 TFLOPS with sparsity, half of it dense; 141 GB; NVLink 900 GB/s, '
+    'both directions. NVIDIA DGX H200 datasheet: 8 GPUs; a 400 Gb/s network port for each',
   ),
   Hardware(
     'TPU v5e', {'bfloat16': 197e12, 'float32': 197e12}, 16e9, near=200e9, domain=256, far=3.125e9,
