@@ -21,8 +21,8 @@ QUICK = {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes
 ASSUMPTIONS = (
   'Times are predictions from datasheets (latentgen/train/hardware.py): compute at peak; collectives one after the other, at',
   'full bandwidth, by rings, first within a server or pod, then across; no latency. Efficiency is compute / (compute +',
-  'collectives) without overlap, compute / max(compute, collectives) with full overlap. Temporaries and collectives are those of',
-  'the program for the platform named above; another may merge collectives, or reduce-scatter where this one all-reduces.',
+  'collectives) without overlap, compute / max(compute, collectives) with full overlap. Temporaries and collectives are',
+  'those of the program for the platform named above; another may merge collectives, or reduce-scatter where this all-reduces.',
 )
 
 

@@ -53,7 +53,7 @@ class Hardware:
     return passes * c.payload * ((k - 1) / k / self.near + (m - 1) / m / k / self.far)
 
 
-# float32 is multiplied in TF32 on the GPU, in one pass of bfloat16 on a TPU, unless jax_default_matmul_precision says otherwise.
+# float32 is multiplied in TF32 on a GPU, in one pass of bfloat16 on a TPU, unless jax_default_matmul_precision is set.
 HARDWARE = (
   Hardware(
     'H200 SXM', {'bfloat16': 989.5e12, 'float16': 989.5e12, 'float32': 494.5e12}, 141e9, near=450e9, domain=8, far=50e9,
