@@ -184,7 +184,7 @@ def test_more_devices_move_the_same_tensors():
 
 @pytest.mark.slow
 @pytest.mark.xfail(
-  strict=True, reason='XLA splits depthwise convolutions over channels after their kernels, and moves activations: all-to-all'
+  strict=True, reason='XLA carries the split of kernels over to the channels of activations in cells, and moves those: all-to-all'
 )
 def test_split_parameters_are_gathered_and_activations_stay(split_parameters):
   moved = split_parameters['moved']
