@@ -5,7 +5,7 @@ import os
 import pathlib
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-_QUICK = ['--xla_backend_optimization_level=0', '--xla_llvm_disable_expensive_passes=true']
+_QUICK = ['--xla_backend_optimization_level=1']
 if importlib.metadata.version('jax').startswith('0.10.'):
   _QUICK.append('--xla_cpu_use_fusion_emitters=false')  # a third of the compilation; later versions do without the flag
 os.environ.setdefault('XLA_FLAGS', ' '.join(_QUICK))

@@ -15,6 +15,9 @@ from latentgen.train import check, checkpoint, keys, loop, sharding, step as ste
 
 EXPERIMENTS = sorted((pathlib.Path(__file__).parents[1] / 'experiments').glob('*.py'))
 
+# Seconds of compilation are what these tests cost: two steps need no optimised code.
+QUICK = dict(xla_backend_optimization_level=0, xla_llvm_disable_expensive_passes=True)
+
 def build(path):
   file, config = configs.load(f'{path}:smoke')
   return file, config, configs.build(config, pathlib.Path('unused'), mesh=sharding.make_mesh(devices=jax.devices()[:1]))
@@ -52,9 +55,9 @@ def steps(request):
     traces.append(1)
     return function(*args)
 
-  step = jax.jit(counted)
+  step = jax.jit(counted, compiler_options=QUICK)
   batches = run.iterator(stage)
-  initial = jax.jit(functools.partial(stepping.init_state, stage, run.preprocess))
+  initial = jax.jit(functools.partial(stepping.init_state, stage, run.preprocess), compiler_options=QUICK)
   place = functools.partial(jax.device_put, device=jax.devices()[0])  # as a restored state is: nothing compiles twice
   state = place(initial(run.root, next(run.iterator(stage))))
   states, found, health = [state], [], place(stepping.healthy())
@@ -106,7 +109,7 @@ def test_samples_have_the_images_shape_and_range(steps):
   method, data = steps.stage.method, steps.run.data['train']
   variables = stepping.evaluation_variables(steps.states[2])
   for sampler in method.samplers:
-    sample = jax.jit(lambda v, key, s=sampler: method.sample(v, key, 3, s))
+    sample = jax.jit(lambda v, key, s=sampler: method.sample(v, key, 3, s), compiler_options=QUICK)
     images = sample(variables, jax.random.key(1))
     assert images.shape == (3, *data.shape) and np.isfinite(images).all()
     if data.take([0])['image'].dtype == np.uint8:

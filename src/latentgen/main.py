@@ -5,8 +5,9 @@ full disk). 143: stopped by SIGTERM with everything saved, to be started again.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import errno
+import math
 import os
 import pathlib
 import sys
@@ -56,7 +57,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     raise UserError(f'unexpected argument {extra[0]!r}; flags are written --name=value')
   if flags.num < 1:
     raise UserError(f'--num is {flags.num}, need at least 1')
-  if not flags.temperature > 0:
+  if not 0 < flags.temperature < math.inf:
     raise UserError(f'--temperature is {flags.temperature}, need a positive number')
   return flags, overrides
 
@@ -68,7 +69,8 @@ def cluster() -> bool:
     return os.environ.get(name, '').isdigit() and int(os.environ[name]) > 1
 
   return (
-    any(more_than_one(n) for n in ('SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE', 'JAX_NUM_PROCESSES'))
+    any(more_than_one(n) for n in ('OMPI_COMM_WORLD_SIZE', 'JAX_NUM_PROCESSES'))
+    or (more_than_one('SLURM_NTASKS') and 'SLURM_STEP_NODELIST' in os.environ)  # a batch script without srun is one process
     or ',' in os.environ.get('TPU_WORKER_HOSTNAMES', '')
     or 'MEGASCALE_COORDINATOR_ADDRESS' in os.environ
   )
@@ -86,10 +88,16 @@ def start_jax(distributed: str) -> None:
   if distributed == 'on' or (distributed == 'auto' and cluster()):
     explicit = {}
     if 'JAX_NUM_PROCESSES' in os.environ:
+      numbers = {name: os.environ.get(name, '') for name in ('JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')}
+      for name, value in numbers.items():
+        if not value.isdecimal():
+          raise UserError(f'{name} is {value!r} in the environment, need a whole number')
+      if 'JAX_COORDINATOR_ADDRESS' not in os.environ:
+        raise UserError('JAX_NUM_PROCESSES is set and JAX_COORDINATOR_ADDRESS is not; set it to host:port of process 0')
       explicit = {
         'coordinator_address': os.environ['JAX_COORDINATOR_ADDRESS'],
-        'num_processes': int(os.environ['JAX_NUM_PROCESSES']),
-        'process_id': int(os.environ['JAX_PROCESS_ID']),
+        'num_processes': int(numbers['JAX_NUM_PROCESSES']),
+        'process_id': int(numbers['JAX_PROCESS_ID']),
       }
     jax.distributed.initialize(**explicit)
 
@@ -132,6 +140,10 @@ def sweep(file, name: str | None, index: int | None):
     sets = list(file.module.sweep(name))
   except KeyError as error:
     raise UserError(f'--sweep={name}: {file.path} has no sweep of that name') from error
+  except Exception as error:
+    raise UserError(f'--sweep={name}: {file.path}: sweep({name!r}) failed: {_line(error)}') from error
+  if not all(isinstance(s, Mapping) and all(isinstance(key, str) for key in s) for s in sets):
+    raise UserError(f'--sweep={name}: {file.path}: sweep({name!r}) must return dicts of config keys and values')
   if index is not None and not 0 <= index < len(sets):
     raise UserError(f'--sweep_index is {index}, sweep {name!r} has {len(sets)} runs')
   return [(f'{name}-{i}', s) for i, s in enumerate(sets) if index in (None, i)]

@@ -163,13 +163,14 @@ def sample(command: Command) -> None:
 
 
 def estimate(command: Command) -> None:
-  """Parameters, FLOPs and memory of every stage from shapes alone; nothing is allocated, nothing written."""
+  """What a step of every stage costs, from shapes alone, on the mesh of the config; nothing is allocated, nothing written."""
   from latentgen.nets import convolution
   from latentgen.train import cost
 
-  run = configs.build(command.config, command.workdir.absolute(), shapes_only=True)
+  options = {k: v for k, v in configs.plain(command.config.get('mesh', {})).items() if k in ('data', 'fsdp')}
+  run = configs.build(command.config, command.workdir.absolute(), cost.make_mesh(**options), shapes_only=True)
   configs.check_shapes(run, allocated=False)
   with convolution.implementation('native'):  # count what an accelerator computes
     for stage in run.recipe:
-      for line in cost.table(run, stage):
-        print(line)
+      print(*cost.table(run, stage), sep='\n', flush=True)
+  print(*cost.ASSUMPTIONS, sep='\n')

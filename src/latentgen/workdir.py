@@ -49,7 +49,8 @@ def revision(folder: pathlib.Path) -> str | None:
 def changes(workdir: pathlib.Path, mine: dict[str, Any]) -> list[str]:
   """What is not as it was when the run began, a line each: versions, the code's commit, the mesh."""
   found = read(workdir) or {}
-  pairs = {f'{name}': (found.get('versions', {}).get(name), new) for name, new in mine['versions'].items()}
+  before = found.get('versions') if isinstance(found.get('versions'), dict) else {}
+  pairs = {name: (before.get(name), new) for name, new in mine['versions'].items()}
   pairs |= {name: (found.get(name), mine[name]) for name in ('revision', 'mesh')}
   return [f'{name} was {old} when this run began and is {new} now' for name, (old, new) in pairs.items() if old and old != new]
 
@@ -64,10 +65,14 @@ def read(workdir: pathlib.Path) -> dict[str, Any] | None:
   if not path.exists():
     return None
   try:
+    if not path.is_file():
+      raise ValueError('no file')
     found = json.loads(path.read_text())
-    found['experiment'], found['variant'], found['config']
+    for key, kind in (('experiment', str), ('variant', str), ('config', dict)):
+      if not isinstance(found[key], kind):
+        raise TypeError(key)
     return found
-  except (OSError, ValueError, KeyError, TypeError) as error:
+  except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
     raise UserError(f'{path} is damaged ({type(error).__name__}); take another --workdir') from error
 
 
@@ -77,8 +82,11 @@ def check(workdir: pathlib.Path, mine: dict[str, Any]) -> None:
   Raises:
     UserError: another experiment, another config, a file in its place.
   """
-  if workdir.exists() and not workdir.is_dir():
-    raise UserError(f'--workdir: {workdir} is a file')
+  try:
+    if workdir.exists() and not workdir.is_dir():
+      raise UserError(f'--workdir: {workdir} is a file')
+  except OSError as error:
+    raise UserError(f'--workdir: {workdir} cannot be looked up ({error.strerror}); take another folder') from error
   found = read(workdir)
   if found is None:
     if workdir.is_dir() and any(p.name != '.lock' for p in workdir.iterdir()):
@@ -107,7 +115,7 @@ def claim(workdir: pathlib.Path, mine: dict[str, Any]):
     workdir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=workdir):
       pass
-    lock = (workdir / '.lock').open('w')
+    lock = os.fdopen(os.open(workdir / '.lock', os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644), 'w')
   except OSError as error:
     raise UserError(f'--workdir: {workdir} cannot be written ({error.strerror}); take another folder') from error
   with lock:
@@ -124,5 +132,6 @@ def claim(workdir: pathlib.Path, mine: dict[str, Any]):
 def write_json(path: pathlib.Path, value: Any) -> None:
   """Whole or not at all."""
   partial = path.with_name(path.name + '.tmp')
+  partial.unlink(missing_ok=True)  # what a kill left, or a link that leads elsewhere
   partial.write_text(json.dumps(value, indent=2) + '\n')
   os.replace(partial, path)

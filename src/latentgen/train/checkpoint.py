@@ -8,6 +8,7 @@ the shapes of the state, by which a checkpoint of another model is told from a d
 from collections.abc import Mapping
 import logging
 import pathlib
+import re
 import shutil
 from typing import Any
 
@@ -18,6 +19,7 @@ import orbax.checkpoint as ocp
 from latentgen.errors import Damaged, SaveFailed, UserError
 from latentgen.types import TrainState
 
+STEP = re.compile('0|[1-9][0-9]{0,17}')  # what Orbax calls the folder of a step
 NOISE = ('Waiting for previous', 'Reached preemption sync point')
 
 
@@ -70,7 +72,7 @@ class Checkpoints:
     """The newest committed step; touches nothing."""
     if not self._folder.is_dir():
       return None
-    steps = [int(p.name) for p in self._folder.iterdir() if p.is_dir() and p.name.isdigit()]
+    steps = [int(p.name) for p in self._folder.iterdir() if STEP.fullmatch(p.name) and p.is_dir()]
     return max(steps, default=None)
 
   def chosen(self) -> int | None:

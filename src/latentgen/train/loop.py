@@ -218,7 +218,7 @@ def _train_stage(run: Run, index: int, metrics: Metrics, notice: Notice) -> None
   metrics.rewind(stage.name, step)
 
   skip = settings.nonfinite == 'skip'
-  function, terms = stepping.make_step(stage, run.preprocess, settings.accumulate, skip)
+  function, terms = stepping.make_step(stage, run.preprocess, settings.accumulate, skip, sharding.gather(run.mesh))
   whole = sharding.replicated(run.mesh)
   out = (jax.tree.map(lambda a: a.sharding, abstract), whole, whole)
   compiled = jax.jit(function, donate_argnums=() if settings.nan_check else (0, 1), out_shardings=out)

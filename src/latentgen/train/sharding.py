@@ -4,7 +4,7 @@ One device is the mesh (1, 1), so that nothing is written twice. A mesh changes 
 summation order).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import math
 import re
 from typing import Any
@@ -103,3 +103,10 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
     return jax.device_put(batch, sharding)
   with jax.transfer_guard('allow'):  # meant, but implicit to the guard
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+
+
+def gather(mesh: Mesh) -> Callable[[Any], Any]:
+  """What makes a tree of split arrays whole on every device; without it, XLA splits activations as it finds the kernels split."""
+  if mesh.shape['fsdp'] == 1:
+    return lambda tree: tree
+  return lambda tree: jax.lax.with_sharding_constraint(tree, replicated(mesh))

@@ -17,13 +17,13 @@ Health = dict[str, Array]  # {'step', 'term'}: the first step and term that were
 EMA_WARMUP = 10.0  # average over min(decay, (1 + t) / (10 + t)), so that early averages forget the initialisation
 
 
-def gradient(update: Update, params: Params, ctx: Context) -> tuple[tuple[Array, Aux], Params]:
+def gradient(update: Update, params: Params, ctx: Context, gather: Callable[[Params], Params]) -> tuple[tuple[Array, Aux], Params]:
   """((loss, aux), gradient over the groups of `update.wrt`)."""
   moved = {g: params[g] for g in update.wrt}
-  return jax.value_and_grad(lambda p: update.loss({**params, **p}, ctx), has_aux=True)(moved)
+  return jax.value_and_grad(lambda p: update.loss(gather({**params, **p}), ctx), has_aux=True)(moved)
 
 
-def accumulated(update: Update, params: Params, ctx: Context) -> tuple[tuple[Array, Aux], Params]:
+def accumulated(update: Update, params: Params, ctx: Context, gather: Callable[[Params], Params]) -> tuple[tuple[Array, Aux], Params]:
   """As `gradient`, of the mean over the parts on the first axis of `ctx.batch` and `ctx.shared`, of which one is held at a time.
 
   Every part has noise of its own; changes of statistics go from part to part.
@@ -31,7 +31,7 @@ def accumulated(update: Update, params: Params, ctx: Context) -> tuple[tuple[Arr
 
   def one(i: Array, batch: Any, shared: Any, stats: Any):
     part = ctx.replace(batch=batch, shared=shared, key=jax.random.fold_in(ctx.key, i), stats=stats)
-    (loss, aux), grads = gradient(update, params, part)
+    (loss, aux), grads = gradient(update, params, part, gather)
     return (loss, dict(aux.metrics), grads), {**stats, **aux.stats}, dict(aux.stats)
 
   parts = len(jax.tree.leaves(ctx.batch)[0])
@@ -87,13 +87,16 @@ def healthy() -> Health:
   return {'step': jnp.full((), -1, jnp.int32), 'term': jnp.full((), -1, jnp.int32)}
 
 
-def make_step(stage: Stage, preprocess: Preprocess, parts: int = 1, skip: bool = False) -> tuple[Callable[..., Any], list[str]]:
+def make_step(
+  stage: Stage, preprocess: Preprocess, parts: int = 1, skip: bool = False, gather: Callable[[Params], Params] = lambda p: p
+) -> tuple[Callable[..., Any], list[str]]:
   """Builds the pure step function of a stage.
 
   Args:
     stage: what is trained.
     preprocess: (key, raw batch, train) -> batch.
     parts: gradients are means over so many parts of the batch, computed one after the other.
+    gather: makes parameters that are split over devices whole, for losses to read.
     skip: a step of which a loss, metric or gradient is not finite changes nothing but the counts of steps and of skipped ones.
 
   Returns:
@@ -107,7 +110,7 @@ def make_step(stage: Stage, preprocess: Preprocess, parts: int = 1, skip: bool =
   def run(i: int, update: Update, params: Params, opt: Any, ctx: Context):
     """One update -> its groups' new parameters, optimiser state, changed stats, metrics."""
     ctx = ctx.replace(key=jax.random.fold_in(ctx.key, keys.UPDATES + i))
-    (loss, aux), grads = differentiate(update, params, ctx)
+    (loss, aux), grads = differentiate(update, params, ctx, gather)
     old = {g: params[g] for g in update.wrt}
     delta, opt = stage.optim[update.name].update(grads, opt, old)
     metrics = {'loss': loss, **aux.metrics, 'grad_norm': optax.tree.norm(grads)}
@@ -133,7 +136,7 @@ def make_step(stage: Stage, preprocess: Preprocess, parts: int = 1, skip: bool =
 
     def prepare(carry: Any, i: Any, batch: Any):
       own = prepared.replace(batch=batch, carry=carry, key=prepared.key if i is None else jax.random.fold_in(prepared.key, i))
-      return jax.lax.stop_gradient(method.prepare(jax.lax.stop_gradient(state.params), own))[::-1]
+      return jax.lax.stop_gradient(method.prepare(jax.lax.stop_gradient(gather(state.params)), own))[::-1]
 
     if parts == 1:
       carry, shared = prepare(state.carry, None, batch)

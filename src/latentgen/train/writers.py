@@ -13,6 +13,8 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from latentgen.errors import UserError
+
 SHOWN = 6  # metrics on a console line
 
 
@@ -34,17 +36,22 @@ class Metrics:
     """Forgets what was written after `step` of `stage`, and lines that are none: a resumed run writes it again."""
     if not self._lead or not self._path.exists():
       return
-    kept, lines = [], self._path.read_text(errors='replace').splitlines()
+    try:
+      lines = self._path.read_text(errors='replace').removesuffix('\n').split('\n')
+    except OSError as error:
+      raise UserError(f'{self._path} cannot be read ({error.strerror}); move it away') from error
+    kept = []
     for line in lines:
       try:
         row = json.loads(line)
         past = row['stage'] == stage and row['step'] > step
-      except (ValueError, TypeError, KeyError):  # cut short by a kill
+      except (ValueError, KeyError, TypeError, RecursionError):  # cut short by a kill, or no row of metrics
         continue
       if not past:
         kept.append(line)
     if len(kept) != len(lines):
       partial = self._path.with_suffix('.tmp')
+      partial.unlink(missing_ok=True)
       partial.write_text(''.join(line + '\n' for line in kept))
       partial.replace(self._path)
 
@@ -88,10 +95,17 @@ class Clock:
   def __init__(self, workdir: pathlib.Path):
     self._path = workdir / 'seconds.json'
     self._last = time.perf_counter()
+    _ = self.seconds  # damage shows before any work
 
   @property
   def seconds(self) -> dict[str, float]:
-    return json.loads(self._path.read_text()) if self._path.exists() else {}
+    try:
+      found = json.loads(self._path.read_text()) if self._path.exists() else {}
+      if not isinstance(found, dict) or not all(type(s) in (int, float) and 0 <= s < 1e12 for s in found.values()):
+        raise ValueError('no seconds')
+      return found
+    except (OSError, ValueError, RecursionError) as error:
+      raise UserError(f'{self._path} is damaged ({type(error).__name__}); delete it, and the times so far are forgotten') from error
 
   def add(self, stage: str) -> None:
     """Adds the time since the last call, or since the clock was made."""
@@ -101,6 +115,7 @@ class Clock:
     self._last = now
     if jax.process_index() == 0:
       partial = self._path.with_suffix('.tmp')
+      partial.unlink(missing_ok=True)
       partial.write_text(json.dumps(seconds, indent=2) + '\n')
       partial.replace(self._path)
 

@@ -1,0 +1,116 @@
+"""Work directories that are damaged, alien or in the way: read, or refused in one line, and never written to by a look."""
+
+import json
+import os
+import pathlib
+import random
+import shutil
+
+from fuzzing import WORDS, little_memory, mutated, runs, survives
+import pytest
+
+from latentgen import workdir as workdirs
+from latentgen.errors import UserError
+from latentgen.train import checkpoint, writers
+
+MINE = {
+  'experiment': 'vae_nce', 'variant': 'smoke', 'config': {'seed': 0, 'model': {'name': 'vae', 'hidden': [3]}, 'train': {'log_every_steps': 5}},
+  'overrides': {}, 'versions': {'jax': '0'}, 'seed': 0, 'mesh': {'data': 1, 'fsdp': 1},
+}  # fmt: skip
+ROWS = [{'step': s, 'stage': stage, 'split': 'train', 'loss': 0.5} for stage in ('vae', 'nce') for s in (1, 2, 3)]
+
+
+@runs(200, 5000)
+def test_config_json(tmp_path, count):
+  rng, path = random.Random(1), tmp_path / 'config.json'
+  with little_memory():
+    for _ in range(count):
+      bad = mutated(rng, MINE)
+      path.write_bytes(bad)
+      found = survives(lambda: workdirs.check(tmp_path, MINE), bad)
+      assert not isinstance(found, UserError) or str(tmp_path) in str(found)
+      assert path.read_bytes() == bad and len(list(tmp_path.iterdir())) == 1
+
+
+@runs(100, 2000)
+def test_rewind(tmp_path, count):
+  rng, path = random.Random(2), tmp_path / 'metrics.jsonl'
+  for _ in range(count):
+    lines = [json.dumps(row).encode() for row in ROWS]
+    for _ in range(rng.choice((1, 2))):
+      place = rng.randrange(len(ROWS))
+      lines[place : place + rng.randrange(2)] = [mutated(rng, ROWS[place])]
+    path.write_bytes(b'\n'.join(lines))
+    survives(lambda: writers.Metrics(tmp_path).rewind('nce', 2), path.read_bytes())
+    path.unlink(missing_ok=True)
+    assert not list(tmp_path.iterdir())
+
+
+@runs(100, 2000)
+def test_seconds(tmp_path, count):
+  rng, path = random.Random(3), tmp_path / 'seconds.json'
+  for _ in range(count):
+    path.write_bytes(mutated(rng, {'vae': 1.5, 'nce': 2.0}))
+    survives(lambda: writers.Clock(tmp_path).add('vae'), path.read_bytes())
+    assert [p.name for p in tmp_path.iterdir()] == ['seconds.json']
+
+
+STRAY = ('', '-1', '+3', '007', '9' * 30, '\u0663', '\u00b2', '1.5', '1e3', 'x', 'tmp', '3.orbax-checkpoint-tmp-1', ' 4', '0x2', 'None')
+
+
+@runs(200, 1000)
+def test_names_in_a_checkpoint_folder(tmp_path, count):
+  rng = random.Random(4)
+  for i in range(count):
+    folder = tmp_path / str(i)
+    folder.mkdir()
+    for name in rng.sample(STRAY, 4):
+      place = folder / (name or 'empty')
+      kind = rng.randrange(4)
+      if kind == 0:
+        place.mkdir()
+      elif kind == 1:
+        place.write_bytes(b'')
+      elif kind == 2:
+        place.symlink_to(tmp_path)
+      else:
+        place.symlink_to(place)
+    survives(lambda folder=folder: checkpoint.Checkpoints(folder).latest(), sorted(folder.iterdir()))
+
+
+def test_links_and_folders_in_place_of_files(tmp_path):
+  outside, workdir = tmp_path / 'outside', tmp_path / 'run'
+  outside.write_text('mine')
+  for name in ('.lock', 'config.json.tmp', 'metrics.tmp', 'seconds.tmp'):
+    workdir.mkdir()
+    (workdir / name).symlink_to(outside)
+    (workdir / 'metrics.jsonl').write_text('torn\n')
+
+    def use():
+      with workdirs.claim(workdir, MINE):
+        writers.Metrics(workdir).rewind('vae', 1)
+        writers.Clock(workdir).add('vae')
+
+    found = survives(use, name)
+    assert isinstance(found, UserError) == (name == '.lock')
+    assert outside.read_text() == 'mine'
+    shutil.rmtree(workdir)
+  for name in ('config.json', 'metrics.jsonl', 'seconds.json'):
+    (workdir / name).mkdir(parents=True)
+    calls = {
+      'config.json': lambda: workdirs.read(workdir), 'metrics.jsonl': lambda: writers.Metrics(workdir).rewind('vae', 1),
+      'seconds.json': lambda: writers.Clock(workdir),
+    }  # fmt: skip
+    found = survives(calls[name], name)
+    assert isinstance(found, UserError) and name in str(found)
+    shutil.rmtree(workdir)
+  os.mkfifo(tmp_path / 'config.json')  # reading it would wait for ever
+  assert 'is damaged' in str(survives(lambda: workdirs.read(tmp_path), 'fifo'))
+
+
+def test_paths_of_work_directories(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  for word in WORDS:
+    if '\0' not in word and '\ud800' not in word:  # no argument of a command holds them
+      survives(lambda word=word: workdirs.check(pathlib.Path(word), MINE), word)
+  assert not list(tmp_path.iterdir())

@@ -1,0 +1,204 @@
+"""Launch files: shells read them, Kubernetes would, and the command in each is README's."""
+
+import pathlib
+import re
+import shlex
+import shutil
+import subprocess
+
+import pytest
+import yaml
+
+from latentgen import main as command
+from latentgen.config import load
+
+ROOT = pathlib.Path(__file__).parents[1]
+LAUNCH = ROOT / 'launch'
+SHELL = sorted(LAUNCH.glob('*.sh'))
+YAML = sorted(LAUNCH.glob('*.yaml'))
+README = 'python -m latentgen.main --config=experiments/nvae_nce.py'
+SLURM = [path for path in SHELL if path.name.startswith('slurm_')]
+
+
+def name(path):
+  return path.name
+
+
+def documents(path):
+  return list(yaml.safe_load_all(path.read_text()))
+
+
+def jobs(path):
+  """Job specifications of a file, a JobSet's included."""
+  found = [d for d in documents(path) if d['kind'] in ('Job', 'JobSet')]
+  return [r['template']['spec'] for d in found for r in d['spec'].get('replicatedJobs', [{'template': d}])]
+
+
+def commands(path):
+  """Words of every command of latentgen in a file."""
+  if path.suffix == '.yaml':
+    return [c['command'] for job in jobs(path) for c in job['template']['spec']['containers']]
+  lines = [line for line in path.read_text().splitlines() if not line.startswith('#')]
+  text = '\n'.join(lines).replace('\\\n', ' ')
+  return [shlex.split(found.rstrip("'")) for found in re.findall(r'python -m latentgen\.main.*', text)]
+
+
+def test_every_launch_file_is_looked_at():
+  assert {p.suffix for p in LAUNCH.iterdir()} == {'.sh', '.yaml'} and len(SHELL) == 6 and len(YAML) == 2
+  assert README in (ROOT / 'README.md').read_text()
+
+
+@pytest.mark.parametrize('path', SHELL, ids=name)
+def test_shell_files_parse(path):
+  done = subprocess.run([shutil.which('bash'), '-n', str(path)], capture_output=True, text=True)
+  assert done.returncode == 0 and not done.stderr
+  assert path.read_text().startswith('#!/bin/bash\n')
+
+
+@pytest.mark.parametrize('path', [p for p in SHELL + YAML if p.name != 'tpu_startup.sh'], ids=name)
+def test_the_command_is_readmes_and_its_flags_are_known(path):
+  found = commands(path)
+  assert len(found) == 1
+  assert shlex.join(found[0]).startswith(README)
+  flags, overrides = command.parse([re.sub(r'^(--sweep_index=)\$.*', r'\g<1>1', word) for word in found[0][3:]])
+  file, config = load(str(ROOT / flags.config))
+  assert not overrides
+  if flags.sweep:
+    members = command.sweep(file, flags.sweep, None)
+    array = re.search(r'--array=0-(\d+)', (LAUNCH / 'slurm_sweep.sh').read_text())
+    assert len(members) == int(array[1]) + 1
+    assert (flags.mode == 'collect') == (flags.sweep_index is None)
+
+
+@pytest.mark.parametrize('path', SLURM, ids=name)
+def test_slurm_files_ask_for_what_they_use(path):
+  text = path.read_text()
+  options = dict(re.findall(r'^#SBATCH --([\w-]+)(?:=(.*))?$', text, re.M))
+  assert {'job-name', 'nodes', 'time', 'cpus-per-task'} <= options.keys()
+  # Directives after the first command are comments to Slurm.
+  assert text.rindex('#SBATCH') < text.index('\nset -')
+  if '--mode=collect' in text:
+    return
+  assert {'requeue', 'open-mode', 'signal'} <= options.keys() and options['signal'].startswith('TERM@')
+  assert 'scontrol requeue "$SLURM_JOB_ID"' in text and '-eq 143' in text and 'set -e' not in text
+  # JAX gives the process with local index I the GPU I, and all GPUs to a process that is alone.
+  if options['nodes'] == '1':
+    assert options['ntasks'] == '1'
+  else:
+    assert options['ntasks-per-node'] == options['gpus-per-node'] and 'gpus-per-task' not in options
+
+
+def test_slurm_jobs_requeue_themselves_when_stopped_and_only_then(tmp_path):
+  for tool, body in {
+    'srun': 'exit "$STATUS"', 'squeue': 'echo "$STATE"', 'scontrol': 'echo "$@" >> scontrol.log'
+  }.items():  # fmt: skip
+    (tmp_path / tool).write_text(f'#!/bin/bash\n{body}\n')
+    (tmp_path / tool).chmod(0o755)
+  (tmp_path / '.venv' / 'bin').mkdir(parents=True)
+  (tmp_path / '.venv' / 'bin' / 'activate').write_text('')
+  for path in SLURM:
+    if path.name == 'slurm_collect.sh':
+      continue
+    for status, state in ((143, 'RUNNING'), (143, 'COMPLETING'), (0, 'RUNNING'), (2, 'RUNNING')):
+      (tmp_path / 'scontrol.log').write_text('')
+      env = {
+        'PATH': f'{tmp_path}:/usr/bin:/bin', 'STATUS': str(status), 'STATE': state,
+        'SLURM_JOB_ID': '17', 'SLURM_ARRAY_TASK_ID': '1',
+      }  # fmt: skip
+      done = subprocess.run(['bash', str(path)], cwd=tmp_path, env=env, capture_output=True, text=True)
+      assert done.returncode == status and not done.stderr
+      assert (tmp_path / 'scontrol.log').read_text() == ('requeue 17\n' if (status, state) == (143, 'RUNNING') else '')
+
+
+@pytest.mark.parametrize(
+  'ends, state, status, calls',
+  [
+    ('0', 'ACTIVE', 0, ['create', 'ssh', 'scp', 'ssh', 'delete']),  # done
+    ('2', 'ACTIVE', 2, ['create', 'ssh', 'scp', 'ssh', 'delete']),  # bad input
+    ('1', 'ACTIVE', 1, ['create', *['ssh', 'scp', 'ssh'] * 3, 'delete']),  # fails whenever it is started
+    ('1 0', 'SUSPENDED', 0, ['create', 'ssh', 'scp', 'ssh', 'delete', 'create', 'ssh', 'scp', 'ssh', 'delete']),  # preempted
+  ],
+)
+def test_a_tpu_slice_is_asked_for_until_the_run_is_done_and_given_back(tmp_path, ends, state, status, calls):
+  (tmp_path / 'sleep').write_text('#!/bin/bash\n')
+  (tmp_path / 'ends').write_text(ends)
+  (tmp_path / 'gcloud').write_text(f"""#!/bin/bash
+case $4 in
+  describe) cat state; exit ;;
+  create) echo ACTIVE > state ;;
+  delete) echo > state ;;
+esac
+echo "$4" >> calls
+if [[ "$*" == *latentgen.main* ]]; then
+  read -r now later < ends
+  echo "${{later:-$now}}" > ends
+  [ "$now" -eq 0 ] || echo {state} > state
+  exit "$now"
+fi
+""")
+  for tool in ('sleep', 'gcloud'):
+    (tmp_path / tool).chmod(0o755)
+  (tmp_path / 'state').write_text('')
+  env = {'PATH': f'{tmp_path}:/usr/bin:/bin', 'ZONE': 'z', 'RUNS': 'host:/runs', 'STARTS': '3'}
+  command = ['bash', str(LAUNCH / 'tpu_pod.sh')]
+  done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+  assert done.returncode == status, done.stderr
+  assert (tmp_path / 'calls').read_text().split() == calls
+
+
+@pytest.mark.parametrize('path', YAML, ids=name)
+def test_kubernetes_objects_have_what_their_kind_requires(path):
+  versions = {'Job': 'batch/v1', 'JobSet': 'jobset.x-k8s.io/v1alpha2', 'Service': 'v1', 'PersistentVolumeClaim': 'v1'}
+  for document in documents(path):
+    assert document['apiVersion'] == versions[document['kind']]
+    assert re.fullmatch(r'[a-z0-9]([a-z0-9-]*[a-z0-9])?', document['metadata']['name']) and document['spec']
+  for job in jobs(path):
+    pod = job['template']['spec']
+    assert job['completionMode'] == 'Indexed' and job['completions'] == job['parallelism']
+    assert pod['restartPolicy'] == 'Never'  # as podFailurePolicy wants it
+    (container,) = pod['containers']
+    assert {m['name'] for m in container['volumeMounts']} == {v['name'] for v in pod['volumes']}
+    for rule in job['podFailurePolicy']['rules']:
+      assert rule['action'] in ('FailJob', 'Ignore') and len(rule) == 2
+      if 'onExitCodes' in rule:
+        assert rule['onExitCodes']['containerName'] == container['name'] and 0 not in rule['onExitCodes']['values']
+      for condition in rule.get('onPodConditions', ()):
+        assert condition == {'type': 'DisruptionTarget', 'status': 'True'}
+
+
+def test_processes_of_a_kubernetes_job_find_each_other():
+  path = LAUNCH / 'kubernetes_job.yaml'
+  kinds = {d['kind']: d for d in documents(path)}
+  (job,) = jobs(path)
+  pod = job['template']['spec']
+  (container,) = pod['containers']
+  env = {e['name']: e.get('value') for e in container['env']}
+  service = kinds['Service']['metadata']['name']
+  assert pod['subdomain'] == service and kinds['Service']['spec']['clusterIP'] == 'None'
+  assert kinds['Service']['spec']['selector'] == {'job-name': kinds['Job']['metadata']['name']}
+  host, port = kinds['Job']['metadata']['name'] + '-0', container['ports'][0]['containerPort']
+  assert env['JAX_COORDINATOR_ADDRESS'] == f'{host}.{service}:{port}'
+  assert int(env['JAX_NUM_PROCESSES']) == job['completions']
+  assert len(env['JAX_LOCAL_DEVICE_IDS'].split(',')) == container['resources']['limits']['nvidia.com/gpu']
+  (index,) = [e['valueFrom']['fieldRef']['fieldPath'] for e in container['env'] if e['name'] == 'JAX_PROCESS_ID']
+  assert index == "metadata.annotations['batch.kubernetes.io/job-completion-index']"
+  codes = [(r['action'], r['onExitCodes']['values']) for r in job['podFailurePolicy']['rules'] if 'onExitCodes' in r]
+  assert codes == [('FailJob', [2]), ('Ignore', [143])]
+
+
+def test_the_command_line_recognises_the_launch_files_environments(monkeypatch):
+  known = 'SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE', 'JAX_NUM_PROCESSES', 'TPU_WORKER_HOSTNAMES', 'MEGASCALE_COORDINATOR_ADDRESS'
+  for variable in known:
+    monkeypatch.delenv(variable, raising=False)
+  assert not command.cluster()
+  for variable, value, several in (
+    ('SLURM_NTASKS', '16', True),  # slurm_nodes.sh
+    ('SLURM_NTASKS', '1', False),  # slurm_node.sh: one process drives all GPUs
+    ('JAX_NUM_PROCESSES', '2', True),  # kubernetes_job.yaml
+    ('TPU_WORKER_HOSTNAMES', 'a,b,c,d', True),  # gke_jobset.yaml, put there by GKE
+  ):
+    with monkeypatch.context() as patch:
+      patch.setenv(variable, value)
+      assert command.cluster() == several
+  (words,) = commands(LAUNCH / 'tpu_pod.sh')
+  assert command.parse(words[3:])[0].distributed == 'on'  # nothing in its environment says so
