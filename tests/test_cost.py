@@ -1,7 +1,6 @@
 """Estimates: traffic read from programs written by hand, times by hand, a small NVAE on two emulated devices."""
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -9,6 +8,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from quick import environment
 
 from latentgen.errors import UserError
 from latentgen.train import collectives, cost
@@ -141,7 +141,7 @@ def test_flops_count_loops_branches_and_types():
 
 
 def traffic(experiment, data, fsdp):
-  env = {**os.environ, 'PYTHONPATH': str(HERE.parent / 'src'), 'JAX_PLATFORMS': 'cpu'}
+  env = environment(PYTHONPATH=str(HERE.parent / 'src'), JAX_PLATFORMS='cpu')
   command = [sys.executable, str(HERE / 'traffic.py'), experiment, str(data), str(fsdp)]
   done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
   assert done.returncode == 0, done.stderr[-3000:]

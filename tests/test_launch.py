@@ -187,12 +187,15 @@ def test_processes_of_a_kubernetes_job_find_each_other():
 
 
 def test_the_command_line_recognises_the_launch_files_environments(monkeypatch):
-  known = 'SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE', 'JAX_NUM_PROCESSES', 'TPU_WORKER_HOSTNAMES', 'MEGASCALE_COORDINATOR_ADDRESS'
+  known = (
+    'SLURM_NTASKS', 'SLURM_STEP_NODELIST', 'OMPI_COMM_WORLD_SIZE', 'JAX_NUM_PROCESSES', 'TPU_WORKER_HOSTNAMES',
+    'MEGASCALE_COORDINATOR_ADDRESS',
+  )  # fmt: skip
   for variable in known:
     monkeypatch.delenv(variable, raising=False)
   assert not command.cluster()
   for variable, value, several in (
-    ('SLURM_NTASKS', '16', True),  # slurm_nodes.sh
+    ('SLURM_NTASKS', '16', False),  # a batch script; its srun starts the processes
     ('SLURM_NTASKS', '1', False),  # slurm_node.sh: one process drives all GPUs
     ('JAX_NUM_PROCESSES', '2', True),  # kubernetes_job.yaml
     ('TPU_WORKER_HOSTNAMES', 'a,b,c,d', True),  # gke_jobset.yaml, put there by GKE
@@ -202,3 +205,7 @@ def test_the_command_line_recognises_the_launch_files_environments(monkeypatch):
       assert command.cluster() == several
   (words,) = commands(LAUNCH / 'tpu_pod.sh')
   assert command.parse(words[3:])[0].distributed == 'on'  # nothing in its environment says so
+  with monkeypatch.context() as patch:
+    patch.setenv('SLURM_NTASKS', '16')
+    patch.setenv('SLURM_STEP_NODELIST', 'node[1-2]')  # slurm_nodes.sh: under srun
+    assert command.cluster()

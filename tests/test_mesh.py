@@ -1,7 +1,6 @@
 """Two emulated devices, and two processes, against one device: the same losses, frozen groups to the bit."""
 
 import json
-import os
 import pathlib
 import signal
 import socket
@@ -10,13 +9,14 @@ import sys
 
 import numpy as np
 import pytest
+from quick import environment
 
 HERE = pathlib.Path(__file__).parent
 pytestmark = pytest.mark.slow
 
 
 def start(experiment, workdir, data, fsdp, **env):
-  env = {**os.environ, 'PYTHONPATH': str(HERE.parent / 'src'), **env}
+  env = environment(PYTHONPATH=str(HERE.parent / 'src'), **env)
   command = [sys.executable, str(HERE / 'devices.py'), experiment, str(workdir), str(data), str(fsdp)]
   return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -50,7 +50,7 @@ def same(one, other):
 
 @pytest.mark.parametrize('data, fsdp', [(2, 1), (1, 2)])
 def test_two_devices_train_like_one(alone, tmp_path, data, fsdp):
-  flags = os.environ['XLA_FLAGS'] + ' --xla_force_host_platform_device_count=2'
+  flags = '--xla_force_host_platform_device_count=2'
   other = found(start('nvae_nce.py', tmp_path, data, fsdp, XLA_FLAGS=flags), tmp_path)
   assert other['devices'] == 2
   assert (other['split'] > 10) == (fsdp == 2)

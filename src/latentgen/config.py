@@ -83,14 +83,15 @@ def load(spec: str) -> tuple[File, ConfigDict]:
     raise UserError(f'--config: {name} has no variant {variant!r}{near(variant, variants[1:])}')
   try:
     config = module.get_config(variant)
+    if isinstance(config, ConfigDict) and 'debug' not in config:
+      with config.unlocked():
+        config.debug = ConfigDict({'nan_check': False})
     plain(config)  # references that lead nowhere show here
   except (Exception, SystemExit) as error:
     raise UserError(f'--config: {name}: get_config({variant!r}) failed: {_one_line(error)}') from error
   if not isinstance(config, ConfigDict):
     got = type(config).__name__
     raise UserError(f'--config: {name}: get_config({variant!r}) returned {got}, need an ml_collections.ConfigDict')
-  with config.unlocked():
-    config.setdefault('debug', ConfigDict({'nan_check': False}))
   return File(path, variant, module), config.lock()
 
 
