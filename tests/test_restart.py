@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import os
+import pathlib
 import re
+import resource
 import signal
 import time
 
@@ -226,3 +228,23 @@ def test_a_gradient_above_the_norm_is_left_out():
     delta, state = built.update({'a': jnp.array(gradient)}, state, {'a': jnp.zeros(2)})
     np.testing.assert_allclose(delta['a'], want, rtol=1e-5)
 
+
+
+# ---------------------------------------------------------------------------------------------- long runs
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.isdir('/proc/self'), reason='reads what the process holds from /proc')
+def test_fifty_thousand_steps_leave_memory_and_files_as_they_were(tmp_path, monkeypatch):
+  run = make_run(tmp_path, stage((noisy(),), steps=50_000), log_every_steps=100, checkpoint_every_steps=2500)
+  seen, write = {}, Metrics.write
+
+  def watched(self, name, step, values, split='train'):
+    write(self, name, step, values, split)
+    pages = int(pathlib.Path('/proc/self/statm').read_text().split()[1])
+    seen[step] = len(os.listdir('/proc/self/fd')), pages * resource.getpagesize()
+
+  monkeypatch.setattr(Metrics, 'write', watched)
+  loop.train(run)
+  early, late = (np.median([seen[s] for s in seen if low < s <= high], 0) for low, high in ((5000, 15_000), (40_000, 50_000)))
+  assert abs(late[0] - early[0]) <= 2 and late[1] - early[1] < 20e6, (early, late)
