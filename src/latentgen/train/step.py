@@ -14,16 +14,18 @@ from latentgen.types import Array, Aux, Context, Key, Params, Stage, TrainState,
 Preprocess = Callable[..., Any]  # (key, raw batch, train) -> batch
 Health = dict[str, Array]  # {'step', 'term'}: the first step and term that were not finite, -1 while all is well
 
+Gather = Callable[[Params], Params]  # makes parameters that are split over devices whole
+
 EMA_WARMUP = 10.0  # average over min(decay, (1 + t) / (10 + t)), so that early averages forget the initialisation
 
 
-def gradient(update: Update, params: Params, ctx: Context, gather: Callable[[Params], Params]) -> tuple[tuple[Array, Aux], Params]:
+def gradient(update: Update, params: Params, ctx: Context, gather: Gather = lambda p: p) -> tuple[tuple[Array, Aux], Params]:
   """((loss, aux), gradient over the groups of `update.wrt`)."""
   moved = {g: params[g] for g in update.wrt}
   return jax.value_and_grad(lambda p: update.loss(gather({**params, **p}), ctx), has_aux=True)(moved)
 
 
-def accumulated(update: Update, params: Params, ctx: Context, gather: Callable[[Params], Params]) -> tuple[tuple[Array, Aux], Params]:
+def accumulated(update: Update, params: Params, ctx: Context, gather: Gather) -> tuple[tuple[Array, Aux], Params]:
   """As `gradient`, of the mean over the parts on the first axis of `ctx.batch` and `ctx.shared`, of which one is held at a time.
 
   Every part has noise of its own; changes of statistics go from part to part.
@@ -88,7 +90,7 @@ def healthy() -> Health:
 
 
 def make_step(
-  stage: Stage, preprocess: Preprocess, parts: int = 1, skip: bool = False, gather: Callable[[Params], Params] = lambda p: p
+  stage: Stage, preprocess: Preprocess, parts: int = 1, skip: bool = False, gather: Gather = lambda p: p
 ) -> tuple[Callable[..., Any], list[str]]:
   """Builds the pure step function of a stage.
 
