@@ -106,7 +106,7 @@ def test_values_in_the_file(tmp_path, count):
 
 
 @pytest.mark.parametrize('key, value, text', [
-  ('model.hidden', '0', 'config.stages.vae'),
+  ('model.hidden', '0', 'config.model.hidden is (0,), need positive whole numbers'),
   ('stages.nce.method.channels', '-1', 'config.stages.nce'),
   ('model.hidden', '(16_000_000, 16_000_000)', 'GiB of memory'),
   ('stages.vae.ema.encoder', '2.0', 'config.stages.vae.ema.encoder is 2.0'),
@@ -231,7 +231,7 @@ COMMANDS = [
   ([NCE, '--config.data.batch_size=1' + '0' * 30], 'config.data.batch_size'),
   ([NCE, '--config.stages.vae.method.\u00e9\u202e=1'], 'config.stages.vae.method'),
   ([NCE, '--config.seed=nan'], "config.seed is int (0); 'nan' is not"),
-  ([NCE, '--config.model.hidden=0'], 'config.stages.vae: '),
+  ([NCE, '--config.model.hidden=0'], 'config.model.hidden is (0,)'),
   ([NCE, '--config.data.name=idx', '--config.data.path={tmp}/idx'], 'train-images-idx3-ubyte: truncated'),
   ([NCE, '--config.data.name=folder', '--config.data.path={tmp}/pictures'], '.png cannot be decoded'),
   ([NCE, '--config.data.name=npz', '--config.data.path={tmp}/idx'], 'is not a file'),

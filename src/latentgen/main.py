@@ -47,7 +47,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     if arg.startswith('--config.') and '=' in arg:
       key, _, value = arg.removeprefix('--config.').partition('=')
       overrides[key] = value
-    elif arg.startswith('--') and arg.split('=')[0] not in known:
+    elif arg.startswith('--') and arg.split('=')[0] not in known or arg.startswith('-h') and arg != '-h':
       hint = '; write --config.key=value' if arg.startswith('--config.') else did_you_mean(arg.split('=')[0], known)
       raise UserError(f'unknown flag {arg.split("=")[0]}{hint}')
     else:

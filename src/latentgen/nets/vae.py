@@ -267,6 +267,8 @@ def build(image_shape: Sequence[int], **options: Any) -> VAE:
     raise UserError(f'model.bounded is {net.bounded!r}, need True or False')
   if net.dtype not in ('float32', 'bfloat16'):
     raise UserError(f"model.dtype is {net.dtype!r}, not 'float32' or 'bfloat16'")
+  if not all(type(width) is int and width > 0 for width in net.hidden):
+    raise UserError(f'model.hidden is {net.hidden!r}, need positive whole numbers')
   if net.conv and not net.hidden:
     raise UserError('model.hidden is empty: a convolutional VAE needs a width for each halving of the map')
   return net
