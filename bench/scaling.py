@@ -8,7 +8,7 @@ import dataclasses
 import pathlib
 import sys
 
-from latentgen import config as configs
+from latentgen import assembly, config as configs
 from latentgen.nets import convolution
 from latentgen.train import cost
 from latentgen.train.hardware import HARDWARE
@@ -20,7 +20,7 @@ def measure(spec: str, images: int) -> cost.Cost:
   """Of a step on two devices."""
   _, config = configs.load(spec)
   configs.override(config, {'data.batch_size': 2 * images})
-  run = configs.build(config, pathlib.Path('unused'), cost.make_mesh(2), shapes_only=True)
+  run = assembly.build(config, pathlib.Path('unused'), cost.make_mesh(2), shapes_only=True)
   with convolution.implementation('native'):
     return cost.measure(run, run.recipe[0])
 

@@ -16,7 +16,7 @@ def main(experiment: str, workdir: str, data: int, fsdp: int) -> None:
     from latentgen.main import start_jax
 
     start_jax('auto')
-  from latentgen import config as configs
+  from latentgen import assembly, config as configs
   from latentgen.train import loop
 
   root = pathlib.Path(__file__).parents[1]
@@ -25,7 +25,7 @@ def main(experiment: str, workdir: str, data: int, fsdp: int) -> None:
   configs.override(config, {'mesh.data': data, 'mesh.fsdp': fsdp})
   with config.unlocked():
     config.mesh.min_shard_size = 64
-  run = configs.build(config, pathlib.Path(workdir))
+  run = assembly.build(config, pathlib.Path(workdir))
   run.workdir.mkdir(exist_ok=True, parents=True)
   loop.train(run)
   one, two = (loop.load_variables(run, stage) for stage in run.recipe)

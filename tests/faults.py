@@ -55,7 +55,7 @@ def outcome(workdir: pathlib.Path) -> dict[str, bytes]:
   """What must be the same: metrics, results, pictures, and every parameter of both stages."""
   import numpy as np
 
-  from latentgen import config as configs
+  from latentgen import assembly, config as configs
   from latentgen.main import parse
   from latentgen.train import loop
 
@@ -64,7 +64,7 @@ def outcome(workdir: pathlib.Path) -> dict[str, bytes]:
   flags, overrides = parse(COMMAND)
   _, config = configs.load(str(ROOT / flags.config))
   configs.override(config, overrides)
-  run = configs.build(config, workdir)
+  run = assembly.build(config, workdir)
   for stage in run.recipe:
     import jax
 

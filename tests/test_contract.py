@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from latentgen import config as configs, types
+from latentgen import assembly, config as configs, sections, types
 from latentgen.train import check, checkpoint, keys, loop, sharding, step as stepping
 
 EXPERIMENTS = sorted((pathlib.Path(__file__).parents[1] / 'experiments').glob('*.py'))
@@ -20,7 +20,7 @@ QUICK = dict(xla_backend_optimization_level=0, xla_llvm_disable_expensive_passes
 
 def build(path):
   file, config = configs.load(f'{path}:smoke')
-  return file, config, configs.build(config, pathlib.Path('unused'), mesh=sharding.make_mesh(devices=jax.devices()[:1]))
+  return file, config, assembly.build(config, pathlib.Path('unused'), mesh=sharding.make_mesh(devices=jax.devices()[:1]))
 
 
 def cases():
@@ -121,8 +121,8 @@ def test_samples_have_the_images_shape_and_range(steps):
 def test_every_variant_builds_a_recipe_without_allocating(path):
   file, config, run = build(path)
   for variant in ('', *file.module.VARIANTS):
-    plain = configs.plain(configs.load(f'{path}:{variant}')[1])
-    recipe = configs.build_recipe(plain, plain.get('image_shape', run.data['train'].shape))
+    plain = sections.plain(configs.load(f'{path}:{variant}')[1])
+    recipe = assembly.build_recipe(plain, plain.get('image_shape', run.data['train'].shape))
     check.check_names(recipe)
     assert [s.name for s in recipe] == list(plain['recipe'])
 
@@ -132,7 +132,7 @@ def test_frozen_statistics_are_handed_over(tmp_path):
   """Stage 2 sees the BatchNorm statistics that stage 1 ended with, and leaves them alone."""
   path = next(p for p in EXPERIMENTS if p.stem == 'nvae_nce')
   _, config = configs.load(f'{path}:smoke')
-  run = configs.build(config, tmp_path, mesh=sharding.make_mesh(devices=jax.devices()[:1]))
+  run = assembly.build(config, tmp_path, mesh=sharding.make_mesh(devices=jax.devices()[:1]))
   loop.train(run)
   one, two = (loop.load_variables(run, stage) for stage in run.recipe)
   for group in ('encoder', 'decoder'):

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 import numpy as np
 import pytest
 
-from latentgen import config as configs, data
+from latentgen import assembly, config as configs, data
 from latentgen.data import ArraySource, RecordSource, labels
 from latentgen.errors import UserError
 from latentgen.evaluate import Subject, base, features, run_all
@@ -105,17 +105,17 @@ def test_no_labels_at_all(options):
 
 def test_config_takes_labels_from_the_training_split_alone():
   options = dict(name='digits', batch_size=50, binarize='fixed', held_out_classes=(9,))
-  plain = configs.build_data(options, 3)[0]
-  found = configs.build_data(dict(options, labels_per_class=10, labelled_copies=20), 3)[0]
+  plain = assembly.build_data(options, 3)[0]
+  found = assembly.build_data(dict(options, labels_per_class=10, labelled_copies=20), 3)[0]
   n = len(plain['train'])
   assert len(found['train']) == n + 19 * 90
   for split in data.SPLITS:  # the images, binarised once, are those of the run without these options
     np.testing.assert_array_equal(found[split].take(slice(n))['image'], plain[split].take(slice(n))['image'])
   assert (found['valid'].take(slice(None))['label'] >= 0).all() and (found['test'].take(slice(None))['label'] >= 0).all()
   with pytest.raises(UserError, match='config.data.labels_per_class is 500, and class'):
-    configs.build_data(dict(options, labels_per_class=500), 3)
+    assembly.build_data(dict(options, labels_per_class=500), 3)
   with pytest.raises(UserError, match='config.data.labelled_copies is 0'):
-    configs.build_data(dict(options, labelled_copies=0), 3, (8, 8, 1))
+    assembly.build_data(dict(options, labelled_copies=0), 3, (8, 8, 1))
 
 
 def test_another_data_set_keeps_the_label_options():

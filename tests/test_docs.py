@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from latentgen import config as configs
+from latentgen import options
 from latentgen.nets import vae
 from latentgen.train import keys, step as stepping
 from latentgen.types import Stage
@@ -27,7 +27,7 @@ def test_the_worked_example_trains(monkeypatch):
   monkeypatch.setitem(sys.modules, 'mylab.mypaper', module)
   exec(blocks(ROOT / 'docs' / 'adding.md')[0], module.__dict__)
   net = vae.build((4, 4, 1), latent=2, hidden=(8,))
-  method = configs.call(module.build, 'method', {'samples': 3}, net, 10)
+  method = options.call(module.build, 'method', {'samples': 3}, net, 10)
   stage = Stage('iwae', method, {'iwae': optax.adam(1e-2)}, 10)
   two = np.indices((4, 4)).sum(0) % 2  # a chessboard and its inverse: log p(x) can rise from -16 log 2 to -log 2
   raw = {'image': np.stack([two, 1 - two] * 8)[..., None].astype(np.float32)}

@@ -10,7 +10,7 @@ import pytest
 import scipy.stats
 from sklearn import metrics
 
-from latentgen import config as configs
+from latentgen import config as configs, sections
 from latentgen.data import ArraySource, preprocess
 from latentgen.distributions import Independent, Normal
 from latentgen.errors import UserError
@@ -315,7 +315,7 @@ def test_bad_sets_are_refused_before_training(options, words):
 def test_paths_of_another_data_set_are_flags():
   _, config = configs.load(f'{EXPERIMENTS / "nvae_anomaly.py"}:fashion')
   configs.override(config, {'evaluate.anomaly.outliers.mnist.path': 'elsewhere'})
-  wanted = outliers.named(configs.plain(config.evaluate.anomaly.outliers))
+  wanted = outliers.named(sections.plain(config.evaluate.anomaly.outliers))
   assert wanted['mnist'] == dict(name='idx', path='elsewhere') and wanted['noise'] == 'noise'
 
 

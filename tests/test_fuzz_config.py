@@ -11,7 +11,7 @@ from fuzzing import VALUES, WORDS, damage, little_memory, runs, survives
 from ml_collections import ConfigDict
 import pytest
 
-from latentgen import config as configs, main as command, run as modes
+from latentgen import assembly, config as configs, main as command, run as modes, sections
 from latentgen.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -29,7 +29,7 @@ def tiny() -> ConfigDict:
     model=dict(name='vae', latent=2, hidden=(3,), likelihood='normal', scale=0.5),
     recipe=('vae', 'nce'),
     stages=dict(
-      vae=dict(steps=3, method=dict(name='vae', free_bits=0.0), optim=dict(vae=adam), ema=dict(decoder=0.9), best='elbo',
+      vae=dict(steps=3, method=dict(name='vae', free_bits=0.0), optim=dict(vae=adam), ema=dict(decoder=0.9), best='nelbo',
       patience_steps=0),
       nce=dict(steps=3, method=nce, optim=dict(critic=adam), load=dict(encoder='vae', decoder='vae')),
     ),
@@ -44,7 +44,7 @@ def build(config: ConfigDict, workdir: pathlib.Path, overrides=()):
   """All that is done to a config before a run touches anything."""
   configs.override(config, dict(overrides))
   modes.tasks(config)
-  return configs.build(config, workdir)
+  return assembly.build(config, workdir)
 
 
 def test_the_tiny_config_is_sound(tmp_path):
@@ -52,7 +52,7 @@ def test_the_tiny_config_is_sound(tmp_path):
   assert [s.name for s in found.recipe] == ['vae', 'nce'] and found.settings.batch_size == 4
 
 
-KEYS = [*configs.flatten(tiny()), 'image_shape']
+KEYS = [*sections.flatten(tiny()), 'image_shape']
 SECTIONS = ('data', 'model', 'stages', 'evaluate', 'mesh', 'train', 'stages.vae', 'stages.vae.method', 'stages.vae.optim',
   'stages.vae.optim.vae',
             'stages.nce.load', 'stages.vae.ema', 'evaluate.likelihood', 'strange')  # fmt: skip
@@ -113,6 +113,9 @@ def test_values_in_the_file(tmp_path, count):
   ('stages.vae.optim.vae.weight_decay', 'nan', "config.stages.vae.optim.vae.weight_decay is float (0.0); 'nan' is not"),
   ('train.keep_checkpoints', '0', 'config.train.keep_checkpoints is 0'),
   ('mesh.rules', "(('(', 'fsdp'),)", 'no regular expression'),
+  ('stages.vae.best', 'nelb', "config.stages.vae.best is no validation metric of the stage; did you mean 'nelbo'"),
+  ('mesh.min_shard_size', '0', 'config.mesh.min_shard_size is 0'),
+  ('train.accumulate', '17', 'the 17 parts of config.train.accumulate'),
   ('model.scale', '1e400', 'finite'),
   ('seed', '-1', 'config.seed is -1'),
   ('model.latent', '2.5', 'config.model.latent is int (2); 2.5 is not'),
@@ -126,7 +129,7 @@ def test_what_only_shapes_or_sizes_show(tmp_path, key, value, text):
     if key.endswith('.encoder'):
       with config.unlocked():
         config.stages.vae.ema.encoder = 0.5
-    configs.check_shapes(build(config, tmp_path, {key: value}))
+    assembly.check_shapes(build(config, tmp_path, {key: value}))
 
   found = survives(shapes, (key, value))
   assert isinstance(found, UserError) and text in str(found), found

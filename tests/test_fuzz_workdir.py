@@ -7,7 +7,6 @@ import random
 import shutil
 
 from fuzzing import WORDS, little_memory, mutated, runs, survives
-import pytest
 
 from latentgen import workdir as workdirs
 from latentgen.errors import UserError

@@ -145,22 +145,22 @@ def test_workdir_that_cannot_be_written(tmp_path):
 
 
 def test_data_can_come_from_elsewhere_by_flags(tmp_path):
-  from latentgen import config as configs
+  from latentgen import assembly, config as configs, sections
 
   np.savez(tmp_path / 'images.npz', images=np.zeros((40, 8, 8, 1), np.uint8))
   _, config = configs.load(f'{ROOT / "experiments" / "nvae.py"}:mnist')
   configs.override(config, {'data.name': 'npz', 'data.path': str(tmp_path / 'images.npz'), 'data.batch_size': '4'})
-  assert configs.plain(config.data) == {
+  assert sections.plain(config.data) == {
     'name': 'npz', 'path': str(tmp_path / 'images.npz'), 'batch_size': 4, 'binarize': 'fresh'
   }  # fmt: skip
-  splits, _, batch = configs.build_data(configs.plain(config.data), 0)
+  splits, _, batch = assembly.build_data(sections.plain(config.data), 0)
   assert splits['train'].shape == (8, 8, 1) and batch == 4
   configs.override(config, {'data.colour': '1'})
   # Options that only the code behind a section knows; it is what refuses unknown ones.
   configs.override(config, {'evaluate.likelihood.bounds': '(8, 64)', 'stages.vae.method.free_bits': '0.5'})
   assert config.evaluate.likelihood.bounds == (8, 64) and config.stages.vae.method.free_bits == 0.5
   with pytest.raises(UserError, match='config.data.colour'):
-    configs.build_data(configs.plain(config.data), 0)
+    assembly.build_data(sections.plain(config.data), 0)
 
 
 # ---------------------------------------------------------------------------------------------- whole runs

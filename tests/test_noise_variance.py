@@ -15,7 +15,7 @@ import optax
 import pytest
 from scipy import optimize, stats
 
-from latentgen import config as configs, losses, nets, optim
+from latentgen import assembly, config as configs, losses, nets, optim, sections
 from latentgen.distributions import Normal
 from latentgen.errors import UserError
 from latentgen.methods import vae as method
@@ -464,7 +464,7 @@ def test_dequantised_digits_leave_no_density_to_gain_below_a_level():
   """Pixels that are always 0 spread as U[0, 1/16), far above the floor; without the noise their best scale is none."""
   root = pathlib.Path(__file__).parents[1]
   _, config = configs.load(f'{root}/experiments/learned_variance.py')
-  splits, preprocess, _ = configs.build_data(configs.plain(config.data), 0)
+  splits, preprocess, _ = assembly.build_data(sections.plain(config.data), 0)
   raw = splits['train'].take(slice(0, None))
   x = np.asarray(preprocess(KEY, raw, True)['image'], np.float64)
   constant = raw['image'].max(0) == 0
@@ -480,9 +480,9 @@ def digits(scale, steps=2000):
   root = pathlib.Path(__file__).parents[1]
   _, config = configs.load(f'{root}/experiments/learned_variance.py:beta')
   configs.override(config, {'model.scale': scale, 'stages.vae.steps': steps})
-  plain = configs.plain(config)
-  splits, preprocess, size = configs.build_data(plain['data'], 0)
-  (stage,) = configs.build_recipe(plain, (8, 8, 1))
+  plain = sections.plain(config)
+  splits, preprocess, size = assembly.build_data(plain['data'], 0)
+  (stage,) = assembly.build_recipe(plain, (8, 8, 1))
   raw = {name: {'image': jnp.asarray(splits[name].take(slice(0, None))['image'])} for name in ('train', 'test')}
   step = stepping.make_step(stage, preprocess)[0]
   take = lambda key: {'image': jax.random.choice(key, raw['train']['image'], (size,), replace=False)}

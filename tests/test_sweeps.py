@@ -160,14 +160,14 @@ def test_collect_on_the_command_line(tmp_path, args, message):
 
 @pytest.mark.parametrize('variant, name', [('beta', 'beta'), ('', 'sigma')])
 def test_what_the_experiment_sweeps_and_charts_is_accepted(variant, name):
-  from latentgen import config as configs
+  from latentgen import assembly, config as configs, sections
 
   file, config = configs.load(SPEC.removeprefix('--config=') + variant)
   scales, sets = [], file.module.sweep(name)
   for overrides in sets:
     one = config.copy_and_resolve_references()
     configs.override(one, overrides)
-    (stage,) = configs.build_recipe(configs.plain(one), (8, 8, 1))
+    (stage,) = assembly.build_recipe(sections.plain(one), (8, 8, 1))
     scales.append(stage.method.net.scale)
   wanted = {'beta': [*file.module.FIXED, 'learned'], 'sigma': ['learned', 'image', 'pixel', 'analytic']}
   assert scales == wanted[name] and len(sweeps.check(file, name, sets)) > 1

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ import pytest
 from latentgen.data import ArraySource, preprocess
 from latentgen.errors import TrainingDiverged, UserError
 from latentgen.methods.base import Base
-from latentgen.train import check, keys, loop, sharding, step as stepping
+from latentgen.train import keys, loop, sharding, step as stepping
 from latentgen.types import Aux, Context, Stage, Update
 
 RATE = 0.1

@@ -10,7 +10,7 @@ import sys
 
 import jax
 
-from latentgen import config as configs
+from latentgen import assembly, config as configs
 from latentgen.nets import convolution
 from latentgen.train import cost
 
@@ -20,7 +20,7 @@ def main(experiment: str, data: int, fsdp: int) -> None:
   _, config = configs.load(f'{root / "experiments" / experiment}:smoke')
   with config.unlocked():
     config.mesh.min_shard_size = 64
-  run = configs.build(config, pathlib.Path('unused'), cost.make_mesh(data, fsdp))
+  run = assembly.build(config, pathlib.Path('unused'), cost.make_mesh(data, fsdp))
   state = run.abstract(run.recipe[0])
   with convolution.implementation('native'):
     traced = cost.trace(run, run.recipe[0])

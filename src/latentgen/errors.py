@@ -30,6 +30,11 @@ def near(word: object, known: Iterable[str]) -> str:
   return did_you_mean(word, known) or f'; known: {", ".join(known) or "none"}'
 
 
+def one_line(error: BaseException) -> str:
+  """What kind of error it is and the beginning of what it says. Goes into a `UserError`."""
+  return f'{type(error).__name__}: {" ".join(str(error).split())[:300]}'
+
+
 class TrainingDiverged(Exception):
   """A loss, metric or gradient was not finite: says which, where, and what to try. Exit status 1."""
 

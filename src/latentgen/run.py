@@ -8,11 +8,10 @@ import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 
-from latentgen import config as configs, evaluate as evaluation, workdir as workdirs
+from latentgen import assembly, config as configs, evaluate as evaluation, sections, workdir as workdirs
 from latentgen.errors import UserError
 from latentgen.evaluate import grids, report
 from latentgen.train import keys, loop, writers
@@ -38,8 +37,8 @@ class Command:
 
 def tasks(config: ConfigDict) -> dict[str, dict[str, Any]]:
   """{task: options} of `config.evaluate`, checked."""
-  configs.check(config)
-  section = configs.plain(config.get('evaluate', {}))
+  sections.check(config)
+  section = sections.plain(config.get('evaluate', {}))
   names = section.pop('tasks', ())
   evaluation.check_tasks({**{name: {} for name in names}, **section})  # options of a task that is left out may stay
   chosen = {name: section.get(name, {}) for name in names}
@@ -49,9 +48,9 @@ def tasks(config: ConfigDict) -> dict[str, dict[str, Any]]:
 def _open(command: Command) -> tuple[loop.Run, dict[str, Any]]:
   """The run and its description, all checks done and nothing touched."""
   tasks(command.config)
-  run = configs.build(command.config, command.workdir.absolute())
-  configs.check_shapes(run)
-  mine = workdirs.describe(command.file, configs.plain(command.config), command.overrides, run.mesh)
+  run = assembly.build(command.config, command.workdir.absolute())
+  assembly.check_shapes(run)
+  mine = workdirs.describe(command.file, sections.plain(command.config), command.overrides, run.mesh)
   mine['data'] = {split: {'n': len(source), 'sha256': source.checksum()} for split, source in run.data.items()}
   workdirs.check(command.workdir, mine)
   return run, mine
@@ -121,7 +120,7 @@ def _evaluate(command: Command, run: loop.Run, mine: dict[str, Any]) -> None:
     results=findings.results,
     pictures=pictures,
     metrics=_rows(command.workdir / 'metrics.jsonl'),
-    paper=[dict(row) for row in configs.plain(command.config.get('paper', ()))],
+    paper=[dict(row) for row in sections.plain(command.config.get('paper', ()))],
     command=command.text(),
     tables=findings.tables.values(),
   )
@@ -167,9 +166,9 @@ def estimate(command: Command) -> None:
   from latentgen.nets import convolution
   from latentgen.train import cost
 
-  options = {k: v for k, v in configs.plain(command.config.get('mesh', {})).items() if k in ('data', 'fsdp')}
-  run = configs.build(command.config, command.workdir.absolute(), cost.make_mesh(**options), shapes_only=True)
-  configs.check_shapes(run, allocated=False)
+  options = {k: v for k, v in sections.plain(command.config.get('mesh', {})).items() if k in ('data', 'fsdp')}
+  run = assembly.build(command.config, command.workdir.absolute(), cost.make_mesh(**options), shapes_only=True)
+  assembly.check_shapes(run, allocated=False)
   with convolution.implementation('native'):  # count what an accelerator computes
     for stage in run.recipe:
       print(*cost.table(run, stage), sep='\n', flush=True)

@@ -58,7 +58,7 @@ def check(config: Any) -> None:
   for name, options in _section('evaluate', config.get('evaluate', {})).items():
     if name != 'tasks':
       _section(f'evaluate.{name}', options)
-  for key in ('mesh', 'train'):
+  for key in ('mesh', 'train', 'debug'):
     _section(key, config.get(key, {}))
   for key, names in (('recipe', config['recipe']), ('evaluate.tasks', config.get('evaluate', {}).get('tasks', ()))):
     if not isinstance(names, tuple) or not all(isinstance(n, str) for n in names):
@@ -87,12 +87,33 @@ def _finite(key: str, value: Any, largest: int) -> None:
     raise UserError(f'config.{key} is {value!r}, need a whole number of at most {largest}')
 
 
-def check_rules(rules: Any) -> None:
-  """What must hold of `config.mesh.rules`.
+def check_train(config: Mapping[str, Any]) -> dict[str, Any]:
+  """What must hold of `config.train`, `config.mesh.rules`, `config.mesh.min_shard_size` and `config.debug`, whatever is trained.
+
+  Returns:
+    {name: value} of the settings of a run (`train.loop.Settings`) that the config gives.
 
   Raises:
-    UserError: a rule that is no pair, or whose pattern is no regular expression.
+    UserError: one line that names the key.
   """
+  train, mesh = config.get('train', {}), config.get('mesh', {})
+  sharding = {key: mesh[key] for key in ('rules', 'min_shard_size') if key in mesh}
+  settings = {**train, **sharding, 'nan_check': config.get('debug', {}).get('nan_check', False)}
+  _check_rules(settings.get('rules', ()))
+  for key, value in settings.items():
+    counts = key.endswith('_steps') or key in ('keep_checkpoints', 'accumulate', 'min_shard_size')
+    if counts and (type(value) is not int or value < 1):
+      raise UserError(f'config.{"mesh" if key in sharding else "train"}.{key} is {value!r}, need a positive whole number')
+  if type(hours := settings.get('keep_every_hours', 0.0)) not in (int, float) or not 0 <= hours < math.inf:
+    raise UserError(f'config.train.keep_every_hours is {hours!r}, need a number of at least 0')
+  if settings.get('nonfinite', 'stop') not in ('stop', 'skip'):
+    raise UserError(f"config.train.nonfinite is {settings['nonfinite']!r}, need 'stop' or 'skip'")
+  if type(settings['nan_check']) is not bool:
+    raise UserError(f'config.debug.nan_check is {settings["nan_check"]!r}, need True or False')
+  return settings
+
+
+def _check_rules(rules: Any) -> None:
   for rule in rules if isinstance(rules, tuple) else (rules,):
     if not isinstance(rule, tuple) or len(rule) != 2 or not isinstance(rule[0], str) or rule[1] not in ('fsdp', 'replicate'):
       raise UserError(f"config.mesh.rules holds {rule!r}, need pairs of a regular expression and 'fsdp' or 'replicate'")

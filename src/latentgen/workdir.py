@@ -13,7 +13,8 @@ from typing import Any
 
 import jax
 
-from latentgen.config import File, flatten
+from latentgen.config import File
+from latentgen.sections import flatten
 from latentgen.errors import UserError
 
 PACKAGES = ('latentgen', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy', 'ml-collections')

@@ -25,7 +25,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from latentgen.errors import UserError
 from latentgen.evaluate import charts, outliers as sets
 from latentgen.evaluate.base import (
   Findings,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from latentgen.data import pipeline
-from latentgen.errors import Damaged, Preempted, TrainingDiverged, UserError
+from latentgen.errors import Damaged, Preempted, TrainingDiverged, UserError, near
 from latentgen.train import check, debug, keys, sharding, step as stepping
 from latentgen.train.checkpoint import Checkpoints
 from latentgen.train.preemption import Notice
@@ -75,9 +75,9 @@ class Run:
     )
 
   def example(self) -> Any:
-    """A raw batch of shapes, as one step sees it."""
-    raw = self.data['train'].take(np.zeros(self.settings.batch_size, np.int64))
-    return jax.tree.map(lambda x: np.asarray(x), raw)
+    """The shapes of a raw batch, as one step sees it."""
+    rows = self.data['train'].take(np.zeros(1, np.int64))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((self.settings.batch_size, *x.shape[1:]), x.dtype), rows)
 
   @functools.cached_property
   def _abstract(self) -> dict[str, TrainState]:
@@ -90,8 +90,14 @@ class Run:
     return self._abstract[stage.name]
 
   def _shapes(self, stage: Stage) -> TrainState:
-    build = functools.partial(stepping.init_state, stage, self.preprocess)
-    shapes = jax.eval_shape(build, self.root, self.example())
+    build, raw = functools.partial(stepping.init_state, stage, self.preprocess), self.example()
+    shapes = jax.eval_shape(build, self.root, raw)
+    if stage.best:
+      mask = jax.ShapeDtypeStruct((self.settings.batch_size,), bool)
+      validate, variables = stepping.make_validation(stage, self.preprocess), stepping.evaluation_variables(shapes)
+      scores = jax.eval_shape(validate, variables, shapes.step, self.root, raw, mask)
+      if stage.best not in scores:
+        raise UserError(f'config.stages.{stage.name}.best is no validation metric of the stage{near(stage.best, scores)}')
     placed = sharding.shardings(shapes, self.mesh, self.settings.rules, self.settings.min_shard_size)
     return jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placed)
 
@@ -128,7 +134,7 @@ def train(run: Run) -> None:
     SaveFailed: if a checkpoint cannot be written.
   """
   check.check_names(run.recipe)
-  sharding.check_batch(run.settings.batch_size, run.mesh)
+  sharding.check_batch(run.settings.batch_size, run.mesh, run.settings.accumulate)
   for stage in run.recipe:
     run.abstract(stage)  # all complaints before any work
   metrics = Metrics(run.workdir)

@@ -44,10 +44,19 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P())
 
 
-def check_batch(batch_size: int, mesh: Mesh, where: str = 'config.data.batch_size') -> None:
+def check_batch(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
+  """That the devices divide the batch, and each part of it.
+
+  Raises:
+    UserError: they do not.
+  """
+  where = 'config.data.batch_size'
   if batch_size % mesh.size:
     fits = max(mesh.size, batch_size // mesh.size * mesh.size)
     raise UserError(f'{where} is {batch_size}, not divisible by the {mesh.size} devices; {fits} would be')
+  if batch_size % (accumulate * mesh.size):
+    parts = f'the {accumulate} parts of config.train.accumulate on {mesh.size} devices'
+    raise UserError(f'{where} is {batch_size}, not divisible by {parts}')
 
 
 def _spec(path: str, shape: tuple[int, ...], mesh: Mesh, rules, min_size: int) -> P:
