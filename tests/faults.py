@@ -13,33 +13,46 @@ import sys
 import time
 
 ROOT = pathlib.Path(__file__).parents[1]
-COMMAND = [
-  '--config=experiments/vae_nce.py:smoke', '--config.stages.vae.steps=600', '--config.stages.nce.steps=300',
-  '--config.train.checkpoint_every_steps=20', '--config.train.log_every_steps=7', "--config.evaluate.tasks=('likelihood','samples')",
-]  # fmt: skip
 
 
-def start(workdir: pathlib.Path) -> subprocess.Popen:
+def flags(kills: int) -> list[str]:
+  """Of a run of both stages that is long enough for so many kills."""
+  return [
+    '--config=experiments/vae_nce.py:smoke', f'--config.stages.vae.steps={200 * kills}', f'--config.stages.nce.steps={100 * kills}',
+    '--config.train.checkpoint_every_steps=20', '--config.train.log_every_steps=7', "--config.evaluate.tasks=('likelihood','samples')",
+  ]  # fmt: skip
+
+
+def start(workdir: pathlib.Path, kills: int) -> subprocess.Popen:
   env = {**os.environ, 'PYTHONPATH': str(ROOT / 'src')}
-  command = [sys.executable, '-m', 'latentgen.main', *COMMAND, f'--workdir={workdir}']
+  command = [sys.executable, '-m', 'latentgen.main', *flags(kills), f'--workdir={workdir}']
   return subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
 
 
-def finish(workdir: pathlib.Path) -> float:
+def finish(workdir: pathlib.Path, kills: int) -> float:
   """Seconds that the command takes to its end."""
-  begun, process = time.monotonic(), start(workdir)
-  _, error = process.communicate(timeout=600)
+  begun, process = time.monotonic(), start(workdir, kills)
+  _, error = process.communicate(timeout=1200)
   if process.returncode:
     raise RuntimeError(f'status {process.returncode}: {error[-2000:]}')
   return time.monotonic() - begun
 
 
-def disturbed(workdir: pathlib.Path, kills: int, seconds: float, draw: random.Random) -> int:
-  """Kills the command up to so many times, each within `seconds` of its start, then lets it end; the number of kills."""
+def disturbed(workdir: pathlib.Path, kills: int, idle: float, training: float, draw: random.Random) -> int:
+  """Kills the command up to so many times, then lets it end; the number of kills.
+
+  Args:
+    workdir: of the run.
+    kills: at most.
+    idle: seconds that the command takes beside training; a fifth of the kills come within them.
+    training: seconds that training takes; the other kills come after some of it, so that they spread over most of the run.
+    draw: of the instants.
+  """
   for done in range(kills):
-    process = start(workdir)
+    process = start(workdir, kills)
+    instant = draw.uniform(0.0, idle) if draw.random() < 0.2 else idle + draw.uniform(0.0, 1.6 * training / kills)
     try:
-      _, error = process.communicate(timeout=draw.uniform(0.0, seconds))
+      _, error = process.communicate(timeout=instant)
     except subprocess.TimeoutExpired:
       process.send_signal(signal.SIGKILL)
       process.communicate()
@@ -47,11 +60,11 @@ def disturbed(workdir: pathlib.Path, kills: int, seconds: float, draw: random.Ra
     if process.returncode:
       raise RuntimeError(f'status {process.returncode} after {done} kills: {error[-2000:]}')
     return done
-  finish(workdir)
+  finish(workdir, kills)
   return kills
 
 
-def outcome(workdir: pathlib.Path) -> dict[str, bytes]:
+def outcome(workdir: pathlib.Path, kills: int) -> dict[str, bytes]:
   """What must be the same: metrics, results, pictures, and every parameter of both stages."""
   import numpy as np
 
@@ -61,8 +74,8 @@ def outcome(workdir: pathlib.Path) -> dict[str, bytes]:
 
   found = {name: (workdir / name).read_bytes() for name in ('metrics.jsonl', 'results.json')}
   found |= {str(p.relative_to(workdir)): p.read_bytes() for p in sorted((workdir / 'samples').rglob('*.png'))}
-  flags, overrides = parse(COMMAND)
-  _, config = configs.load(str(ROOT / flags.config))
+  parsed, overrides = parse(flags(kills))
+  _, config = configs.load(str(ROOT / parsed.config))
   configs.override(config, overrides)
   run = assembly.build(config, workdir)
   for stage in run.recipe:
@@ -75,10 +88,11 @@ def outcome(workdir: pathlib.Path) -> dict[str, bytes]:
 
 def main(folder: str, kills: int = 50, seed: int = 0) -> dict[str, int]:
   whole, broken = pathlib.Path(folder) / 'whole', pathlib.Path(folder) / 'broken'
-  finish(whole)
-  seconds = 0.8 * finish(pathlib.Path(folder) / 'timed')  # compiled programs are cached now; most attempts shall be killed
-  done = disturbed(broken, kills, seconds, random.Random(seed))
-  one, two = outcome(whole), outcome(broken)
+  finish(whole, kills)
+  idle = finish(whole, kills)  # nothing is left to train, and compiled programs are cached
+  training = finish(pathlib.Path(folder) / 'timed', kills) - idle
+  done = disturbed(broken, kills, idle, training, random.Random(seed))
+  one, two = outcome(whole, kills), outcome(broken, kills)
   rows = [json.loads(line) for line in two['metrics.jsonl'].splitlines()]
   places = [(r['stage'], r['split'], r['step']) for r in rows]
   return {

@@ -110,27 +110,12 @@ def _padded(x: Array, kh: int, kw: int) -> Array:
   return jnp.pad(x, ((0, 0), (kh // 2,) * 2, (kw // 2,) * 2, (0, 0)))
 
 
-def _tap(padded: Array, t: Array, kw: int, shape: tuple[int, ...]) -> Array:
-  zero = jnp.zeros((), t.dtype)
-  return lax.dynamic_slice(padded, (zero, t // kw, t % kw, zero), shape)
-
-
-def _shift_and_add(x: Array, kernel: Array) -> Array:
-  kh, kw, _, c = kernel.shape
-  padded = _padded(x, kh, kw)
-
-  def step(y, operand):
-    t, w = operand
-    return y + _tap(padded, t, kw, x.shape) * w, None
-
-  operands = jnp.arange(kh * kw, dtype=jnp.int32), kernel.reshape(kh * kw, c)
-  return lax.scan(step, jnp.zeros_like(x), operands)[0]
-
-
 @jax.custom_vjp
 def taps(x: Array, kernel: Array) -> Array:
-  """Depthwise convolution [n, h, w, c], [k, k', 1, c] -> [n, h, w, c], stride 1, odd k: shift and add, tap by tap."""
-  return _shift_and_add(x, kernel)
+  """Depthwise convolution [n, h, w, c], [k, k', 1, c] -> [n, h, w, c], stride 1, odd k: one sum of shifted products."""
+  kh, kw = kernel.shape[:2]
+  padded, (_, h, w, _) = _padded(x, kh, kw), x.shape
+  return sum(padded[:, i : i + h, j : j + w] * kernel[i, j, 0] for i in range(kh) for j in range(kw))
 
 
 def _taps_forward(x, kernel):
@@ -139,9 +124,18 @@ def _taps_forward(x, kernel):
 
 def _taps_backward(residuals, g):
   x, kernel = residuals
-  kh, kw = kernel.shape[:2]
+  (kh, kw), (n, h, w, c) = kernel.shape[:2], x.shape
   padded = _padded(x, kh, kw)
-  dw = lax.map(lambda t: (_tap(padded, t, kw, x.shape) * g).sum((0, 1, 2)), jnp.arange(kh * kw, dtype=jnp.int32))
+
+  def add(total: Array, at: tuple[Array, Array]) -> tuple[Array, None]:
+    # Row by row, so that what the k * k' sums read stays in the cache.
+    image, row = at
+    rows = lax.dynamic_slice(padded, (image, row, 0, 0), (1, kh, w + kw - 1, c))[0]
+    gradient = lax.dynamic_slice(g, (image, row, 0, 0), (1, 1, w, c))[0, 0]
+    return total + jnp.stack([(rows[i, j : j + w] * gradient).sum(0) for i in range(kh) for j in range(kw)]), None
+
+  at = jnp.unravel_index(jnp.arange(n * h, dtype=jnp.int32), (n, h))
+  dw, _ = lax.scan(add, jnp.zeros((kh * kw, c), g.dtype), at)
   return taps(g, jnp.flip(kernel, (0, 1))), dw.reshape(kernel.shape).astype(kernel.dtype)
 
 
