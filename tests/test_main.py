@@ -8,6 +8,8 @@ import subprocess
 import sys
 import time
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -279,3 +281,16 @@ def test_killed_run_ends_like_an_undisturbed_one_to_the_bit(tmp_path, stage):
   assert images
   for image in images:
     assert (whole / image).read_bytes() == (killed / image).read_bytes()
+
+
+def test_native_convolutions_can_be_asked_for():
+  from latentgen import assembly, config as configs
+  from latentgen.nets import convolution
+
+  _, config = configs.load(str(ROOT / 'experiments' / 'vae_nce.py') + ':smoke')
+  traced = lambda: str(jax.make_jaxpr(lambda x, w: convolution.convolve(x, w))(jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 2))))
+  with assembly.forms(config):
+    assert 'custom_vjp' in traced()
+  configs.override(config, {'debug.native_convolutions': 'True'})
+  with assembly.forms(config):
+    assert 'custom_vjp' not in traced()

@@ -12,7 +12,7 @@ from latentgen.nets import convolution
 
 CASES = [
   (size, kernel, stride)
-  for size, kernel, stride in itertools.product(((6, 6), (7, 5)), (1, 3, 5), (1, 2))
+  for size, kernel, stride in itertools.product(((6, 6), (7, 5)), (1, 3, 4, 5), (1, 2))
   if (size, kernel) != ((7, 5), 5) or stride == 2
 ]
 
@@ -45,6 +45,31 @@ def test_dense(size, kernel, stride):
   want = value_and_gradients(lambda x, w: reference(x, w, stride), x, w)
   for a, b in zip(got, want, strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize('implementation', ['custom', 'native'])
+@pytest.mark.parametrize(('kernel', 'stride', 'padding', 'output_padding'), [(3, 2, 1, 0), (3, 2, 1, 1), (4, 2, 1, 0), (3, 1, 0, 0), (5, 3, 2, 1)])
+def test_transposed(implementation, kernel, stride, padding, output_padding):
+  """The linear map whose transpose is the strided convolution: <transposed(x), y> = <x, convolution(y)>."""
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.normal(size=(2, 4, 3, 2)), jnp.float32)
+  w = jnp.asarray(rng.normal(size=(kernel, kernel, 2, 5)), jnp.float32)
+  crop = (padding, padding - output_padding)
+  sides = [(n - 1) * stride - 2 * padding + kernel + output_padding for n in x.shape[1:3]]
+
+  def convolved(y):
+    layout, around = ('NHWC', 'HWIO', 'NHWC'), ((padding, padding),) * 2
+    return lax.conv_general_dilated(y, w.transpose(0, 1, 3, 2), (stride, stride), around, dimension_numbers=layout)[:, :4, :3]
+
+  def ours(x, w):
+    with convolution.implementation(implementation):
+      return convolution.transposed(x, w, stride, crop)
+
+  got, want = jax.jit(ours)(x, w), jax.linear_transpose(convolved, jnp.zeros((2, *sides, 5)))(x)[0]
+  assert got.shape == (2, *sides, 5)
+  np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+  weights = jnp.cos(jnp.arange(got.size, dtype=jnp.float32)).reshape(got.shape)
+  np.testing.assert_allclose(jax.grad(lambda x: (ours(x, w) * weights).sum())(x), convolved(weights), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(('size', 'kernel'), [((6, 6), 5), ((7, 5), 3), ((2, 3), 5), ((1, 1), 5)])
@@ -105,3 +130,10 @@ def test_bilinear_upsample_aligns_corners():
 def test_nearest_upsample():
   got = convolution.nearest_upsample(jnp.arange(4.0).reshape(1, 2, 2, 1))[0, :, :, 0]
   np.testing.assert_array_equal(got, [[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3], [2, 2, 3, 3]])
+  x = jax.random.normal(jax.random.key(0), (2, 3, 2, 5))
+  weights = jax.random.normal(jax.random.key(1), (2, 6, 4, 5))
+  slopes = []
+  for name in ('custom', 'native'):
+    with convolution.implementation(name):
+      slopes.append(jax.grad(lambda x: (convolution.nearest_upsample(x) * weights).sum())(x))
+  np.testing.assert_allclose(*slopes, rtol=1e-6, atol=1e-6)

@@ -1,6 +1,7 @@
 """From a config to a run: its data, its recipe, its mesh and settings."""
 
 from collections.abc import Callable, Mapping
+import contextlib
 import inspect
 import math
 import pathlib
@@ -9,6 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from latentgen.errors import UserError, near
+from latentgen.nets import convolution
 from latentgen.options import built, call, module, split_name
 from latentgen.sections import check, check_train, plain
 
@@ -133,6 +135,12 @@ def build(config: ConfigDict, workdir: pathlib.Path, mesh: Any = None, shapes_on
   settings = call(loop.Settings, 'config.train', check_train(config), seed, batch_size)
   sharding.check_batch(batch_size, mesh, settings.accumulate)
   return loop.Run(recipe, splits, preprocess, mesh, workdir, settings)
+
+
+def forms(config: ConfigDict) -> contextlib.AbstractContextManager[None]:
+  """What must surround all tracing: which forms of convolutions `config.debug.native_convolutions` chooses."""
+  native = config.get('debug', {}).get('native_convolutions', False)
+  return convolution.implementation('native') if native is True else contextlib.nullcontext()
 
 
 def check_shapes(run: Any, allocated: bool = True) -> None:

@@ -22,6 +22,8 @@ from latentgen.sections import flatten, plain
 OPEN = ('data', 'model', 'train', 'evaluate.*', 'stages.*.method', 'stages.*.method.prior', 'stages.*.optim.*')
 # sections whose options belong to what they configure, which checks them itself
 
+DEBUG = {'nan_check': False, 'native_convolutions': False}  # what `config.debug` holds, and its defaults
+
 
 @dataclasses.dataclass(frozen=True)
 class File:
@@ -72,9 +74,9 @@ def load(spec: str) -> tuple[File, ConfigDict]:
     raise UserError(f'--config: {name} has no variant {variant!r}{near(variant, variants[1:])}')
   try:
     config = module.get_config(variant)
-    if isinstance(config, ConfigDict) and 'debug' not in config:
+    if isinstance(config, ConfigDict):
       with config.unlocked():
-        config.debug = ConfigDict({'nan_check': False})
+        config.debug = ConfigDict({**DEBUG, **config.get('debug', {})})
     plain(config)  # references that lead nowhere show here
   except (Exception, SystemExit) as error:
     raise UserError(f'--config: {name}: get_config({variant!r}) failed: {one_line(error)}') from error

@@ -106,7 +106,7 @@ def main(argv: Sequence[str]) -> None:
   """Runs the command; raises UserError instead of exiting."""
   flags, overrides = parse(argv)
   start_jax(flags.distributed)
-  from latentgen import config as configs, run, sweeps
+  from latentgen import assembly, config as configs, run, sweeps
 
   file, config = configs.load(flags.config)
   if flags.sweep is None and flags.sweep_index is not None:
@@ -125,7 +125,8 @@ def main(argv: Sequence[str]) -> None:
     one = config.copy_and_resolve_references() if values else config
     configs.override(one, {**values, **overrides})
     command = run.Command(file, one, {**values, **overrides}, workdir / name if name else workdir, flags)
-    getattr(run, flags.mode)(command)
+    with assembly.forms(one):
+      getattr(run, flags.mode)(command)
   if whole:
     sweeps.collect(file, flags.sweep, sets, workdir)
 

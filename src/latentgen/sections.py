@@ -108,8 +108,9 @@ def check_train(config: Mapping[str, Any]) -> dict[str, Any]:
     raise UserError(f'config.train.keep_every_hours is {hours!r}, need a number of at least 0')
   if settings.get('nonfinite', 'stop') not in ('stop', 'skip'):
     raise UserError(f"config.train.nonfinite is {settings['nonfinite']!r}, need 'stop' or 'skip'")
-  if type(settings['nan_check']) is not bool:
-    raise UserError(f'config.debug.nan_check is {settings["nan_check"]!r}, need True or False')
+  for key, value in config.get('debug', {}).items():
+    if type(value) is not bool:
+      raise UserError(f'config.debug.{key} is {value!r}, need True or False')
   return settings
 
 

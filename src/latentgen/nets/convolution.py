@@ -1,9 +1,9 @@
 """Convolutions as pure functions, channels last, with gradients that stay fast inside loops on a CPU.
 
 On XLA's CPU backend the backward of a convolution inside a loop body (`lax.scan`, `nn.scan`) misses the fast path and
-takes 20 to 40 times as long (jax issue 12868), and depthwise convolutions are slow everywhere. There, and only there,
-`convolve` brings its own gradients (no forward mode through them); elsewhere it is XLA's convolution. Values agree to
-rounding.
+takes 20 to 40 times as long (jax issue 12868), strided and depthwise ones are slow everywhere. There, and only there,
+`convolve` has forms and gradients of its own (no forward mode through them); elsewhere it is XLA's convolution. Values agree
+to rounding; `config.debug.native_convolutions` turns them off.
 """
 
 from collections.abc import Iterator
@@ -55,7 +55,7 @@ def convolve(x: Array, kernel: Array, stride: int = 1, depthwise: bool = False) 
     if (kh, kw) == (1, 1) and not depthwise:
       return x[:, ::stride, ::stride] @ kernel[0, 0]
     if not depthwise:
-      return dense(x, kernel, stride, padding)
+      return dense(x, kernel, padding) if stride == 1 else by_patches(x, kernel, stride, padding)
     if stride == 1 and kh % 2 and kw % 2:
       return taps(x, kernel)
   return _conv(x, kernel, stride, padding, feature_group_count=x.shape[-1] if depthwise else 1)
@@ -65,42 +65,65 @@ def _conv(x, kernel, stride, padding, **kwargs):
   return lax.conv_general_dilated(x, kernel, (stride,) * 2, padding, dimension_numbers=LAYOUT, **kwargs)
 
 
-def _crop_or_pad(x: Array, high: tuple[int, int]) -> Array:
-  """Adds zeros, or drops rows and columns where negative, at the end of both spatial axes."""
-  return lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (0, high[0], 0), (0, high[1], 0), (0, 0, 0)))
-
-
 # ---------------------------------------------------------------------------------------------- dense
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def dense(x: Array, kernel: Array, stride: int, padding: tuple[tuple[int, int], ...]) -> Array:
-  """Convolution [n, h, w, i], [k, k', i, o] -> [n, h', w', o] whose two backward convolutions are in canonical form."""
-  return _conv(x, kernel, stride, padding)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def dense(x: Array, kernel: Array, padding: tuple[tuple[int, int], ...]) -> Array:
+  """Convolution [n, h, w, i], [k, k', i, o] -> [n, h', w', o], stride 1; its two backward convolutions are in canonical form."""
+  return _conv(x, kernel, 1, padding)
 
 
-def _dense_forward(x, kernel, stride, padding):
-  return dense(x, kernel, stride, padding), (x, kernel)
+def _dense_forward(x, kernel, padding):
+  return dense(x, kernel, padding), (x, kernel)
 
 
-def _dense_backward(stride, padding, residuals, g):
+def _dense_backward(padding, residuals, g):
   x, kernel = residuals
   barrier = lax.optimization_barrier  # else XLA folds the transposes back into slow dimension numbers
-  sizes = list(zip(x.shape[1:3], kernel.shape[:2], g.shape[1:3], padding, strict=True))
-  # Input: g with stride - 1 zeros between its pixels against the flipped, transposed kernel.
-  around = [(k - 1 - low, h - (m - 1) * stride - 1 + low) for h, k, m, (low, _) in sizes]
-  flipped = barrier(jnp.flip(kernel, (0, 1)).transpose(0, 1, 3, 2))
-  dx = _conv(g, flipped, 1, around, lhs_dilation=(stride,) * 2)
-  # Kernel: channels as batch, batch as channels; rows that no window reaches are cropped first.
-  reach = [k + (m - 1) * stride - h - low for h, k, m, (low, _) in sizes]
-  left, right = barrier((x.transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3)))
-  left = _crop_or_pad(left, [min(r, 0) for r in reach])
-  around = [(low, max(r, 0)) for r, (_, _, _, (low, _)) in zip(reach, sizes, strict=True)]
-  dw = barrier(_conv(left, right, 1, around, rhs_dilation=(stride,) * 2))
+  around = [(k - 1 - low, k - 1 - high) for k, (low, high) in zip(kernel.shape[:2], padding, strict=True)]
+  dx = _conv(g, barrier(jnp.flip(kernel, (0, 1)).transpose(0, 1, 3, 2)), 1, around)
+  # The kernel's: channels as batch, batch as channels.
+  dw = barrier(_conv(*barrier((x.transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3))), 1, padding))
   return dx, dw.transpose(1, 2, 0, 3)
 
 
 dense.defvjp(_dense_forward, _dense_backward)
+
+
+def by_patches(x: Array, kernel: Array, stride: int, padding: tuple[tuple[int, int], ...]) -> Array:
+  """Convolution [n, h, w, i], [k, k', i, o] -> [n, h', w', o] as one matrix product; so are its gradients."""
+  kh, kw, inputs, outputs = kernel.shape
+  padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+  h, w = ((n - k) // stride + 1 for n, k in zip(padded.shape[1:3], (kh, kw), strict=True))
+  ends = (h - 1) * stride + 1, (w - 1) * stride + 1
+  patches = [padded[:, i : i + ends[0] : stride, j : j + ends[1] : stride] for i in range(kh) for j in range(kw)]
+  return jnp.concatenate(patches, -1) @ kernel.reshape(kh * kw * inputs, outputs)
+
+
+def transposed(x: Array, kernel: Array, stride: int, crop: tuple[int, int]) -> Array:
+  """Transposed convolution: every pixel spreads over a window, as the gradient of a strided convolution does.
+
+  Args:
+    x: [n, h, w, i].
+    kernel: [k, k', i, o]; tap (0, 0) is the first row and column of a window, as in the convolution that this transposes.
+    stride: between windows, of both axes.
+    crop: rows and columns to drop before the first and after the last one; PyTorch's (p, p - output_padding).
+
+  Returns:
+    [n, h', w', o] with h' = (h - 1) stride + k - sum(crop).
+  """
+  kh, kw, inputs, outputs = kernel.shape
+  if not _custom():
+    around = [(k - 1 - crop[0], k - 1 - crop[1]) for k in (kh, kw)]
+    return _conv(x, jnp.flip(kernel, (0, 1)), 1, around, lhs_dilation=(stride,) * 2)
+  windows = (x @ kernel.transpose(2, 0, 1, 3).reshape(inputs, -1)).reshape(*x.shape[:3], kh, kw, outputs)
+  zero, total = jnp.zeros((), x.dtype), 0.0
+  for i in range(kh):
+    for j in range(kw):
+      edges = [(at - crop[0], k - 1 - at - crop[1], stride - 1) for at, k in ((i, kh), (j, kw))]
+      total = total + lax.pad(windows[:, :, :, i, j], zero, ((0, 0, 0), *edges, (0, 0, 0)))
+  return total
 
 
 # ---------------------------------------------------------------------------------------------- depthwise
@@ -136,7 +159,8 @@ def _taps_backward(residuals, g):
 
   at = jnp.unravel_index(jnp.arange(n * h, dtype=jnp.int32), (n, h))
   dw, _ = lax.scan(add, jnp.zeros((kh * kw, c), g.dtype), at)
-  return taps(g, jnp.flip(kernel, (0, 1))), dw.reshape(kernel.shape).astype(kernel.dtype)
+  # The barrier keeps XLA from sharing the broadcast filters with the forward pass, by which neither would be one loop.
+  return taps(g, lax.optimization_barrier(jnp.flip(kernel, (0, 1)))), dw.reshape(kernel.shape).astype(kernel.dtype)
 
 
 taps.defvjp(_taps_forward, _taps_backward)
@@ -175,5 +199,18 @@ def bilinear_upsample(x: Array) -> Array:
 
 def nearest_upsample(x: Array) -> Array:
   """Doubles both sides by repetition, [n, h, w, c] -> [n, 2h, 2w, c]."""
+  return _repeat_custom(x) if _custom() else _repeat(x)
+
+
+def _repeat(x: Array) -> Array:
   n, h, w, c = x.shape
   return jnp.broadcast_to(x[:, :, None, :, None], (n, h, 2, w, 2, c)).reshape(n, 2 * h, 2 * w, c)
+
+
+def _repeat_backward(_, g):
+  # A sum of four phases, elementwise: a reduction over axes of two is several times slower on a CPU.
+  return (sum(g[:, row::2, column::2] for row in range(2) for column in range(2)),)
+
+
+_repeat_custom = jax.custom_vjp(_repeat)
+_repeat_custom.defvjp(lambda x: (_repeat(x), None), _repeat_backward)

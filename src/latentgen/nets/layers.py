@@ -80,6 +80,37 @@ class Conv(nn.Module):
     return y if bias is None else y + bias.astype(self.dtype)
 
 
+class ConvTranspose(nn.Module):
+  """Transposed convolution, channels last; `kernel` [k, k, i, o] and `bias` [o] start as those of `Conv`.
+
+  Args:
+    features: output channels.
+    kernel_size: k.
+    stride: of both axes.
+    padding: rows and columns dropped on every side.
+    output_padding: of those after the last row and column, so many stay.
+    use_bias: adds a bias.
+    dtype: of the computation.
+  """
+
+  features: int
+  kernel_size: int = 3
+  stride: int = 2
+  padding: int = 1
+  output_padding: int = 0
+  use_bias: bool = True
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    """[n, h, w, i] -> [n, h', w', o], h' = (h - 1) stride - 2 padding + k + output_padding."""
+    shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
+    kernel, bias = affine(self, shape, self.use_bias)
+    crop = (self.padding, self.padding - self.output_padding)
+    y = convolution.transposed(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, crop)
+    return y if bias is None else y + bias.astype(self.dtype)
+
+
 class Dense(nn.Module):
   """x W + b, initialised as `Conv`.
 
