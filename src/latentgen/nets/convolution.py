@@ -117,13 +117,49 @@ def transposed(x: Array, kernel: Array, stride: int, crop: tuple[int, int]) -> A
   if not _custom():
     around = [(k - 1 - crop[0], k - 1 - crop[1]) for k in (kh, kw)]
     return _conv(x, jnp.flip(kernel, (0, 1)), 1, around, lhs_dilation=(stride,) * 2)
-  windows = (x @ kernel.transpose(2, 0, 1, 3).reshape(inputs, -1)).reshape(*x.shape[:3], kh, kw, outputs)
-  zero, total = jnp.zeros((), x.dtype), 0.0
+  return _spread(x, kernel, stride, crop)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _spread(x: Array, kernel: Array, stride: int, crop: tuple[int, int]) -> Array:
+  """`transposed` as a matrix product for each tap; those that fall on one phase of the stride are added before phases are woven."""
+  (n, h, w, _), (kh, kw, _, outputs) = x.shape, kernel.shape
+  more = [-(-k // stride) - 1 for k in (kh, kw)]  # pixels by which a phase is larger than x
+
+  def phase(a: int, b: int) -> Array:
+    total = jnp.zeros((n, h + more[0], w + more[1], outputs), x.dtype)
+    for i in range(a, kh, stride):
+      for j in range(b, kw, stride):
+        before = i // stride, j // stride
+        edges = [(low, most - low) for low, most in zip(before, more, strict=True)]
+        total = total + jnp.pad(x @ kernel[i, j], ((0, 0), *edges, (0, 0)))
+    return total
+
+  rows = [jnp.stack([phase(a, b) for b in range(stride)], 3) for a in range(stride)]
+  woven = jnp.stack(rows, 2).reshape(n, (h + more[0]) * stride, (w + more[1]) * stride, outputs)
+  edges = [(-crop[0], (m - 1) * stride + k - crop[1] - (m + e) * stride, 0) for m, k, e in zip((h, w), (kh, kw), more, strict=True)]
+  return lax.pad(woven, jnp.zeros((), x.dtype), ((0, 0, 0), *edges, (0, 0, 0)))
+
+
+def _spread_forward(x, kernel, stride, crop):
+  return _spread(x, kernel, stride, crop), (x, kernel)
+
+
+def _spread_backward(stride, crop, residuals, g):
+  x, kernel = residuals
+  (kh, kw, inputs, outputs), (_, h, w, _) = kernel.shape, x.shape
+  g = lax.pad(g, jnp.zeros((), g.dtype), ((0, 0, 0), (*crop, 0), (*crop, 0), (0, 0, 0)))
+  ends = (h - 1) * stride + 1, (w - 1) * stride + 1
+  flat, dx, dw = x.reshape(-1, inputs), 0.0, []
   for i in range(kh):
     for j in range(kw):
-      edges = [(at - crop[0], k - 1 - at - crop[1], stride - 1) for at, k in ((i, kh), (j, kw))]
-      total = total + lax.pad(windows[:, :, :, i, j], zero, ((0, 0, 0), *edges, (0, 0, 0)))
-  return total
+      seen = g[:, i : i + ends[0] : stride, j : j + ends[1] : stride].reshape(-1, outputs)
+      dx = dx + seen @ kernel[i, j].T
+      dw.append(flat.T @ seen)
+  return dx.reshape(x.shape), jnp.stack(dw).reshape(kernel.shape)
+
+
+_spread.defvjp(_spread_forward, _spread_backward)
 
 
 # ---------------------------------------------------------------------------------------------- depthwise

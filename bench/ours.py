@@ -1,0 +1,303 @@
+"""This framework, one row at a time: python bench/ours.py ROW; prints JSON. Rows against a peer run on one thread."""
+
+import sys
+
+import timing
+
+ALONE = ('step', 'likelihood', 'depthwise', 'layers', 'priors')
+if sys.argv[1] in ALONE:
+  timing.one_thread()
+
+import functools  # noqa: E402
+import json  # noqa: E402
+import math  # noqa: E402
+import re  # noqa: E402
+import time  # noqa: E402
+
+from flax import linen as nn  # noqa: E402
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import networks  # noqa: E402
+import numpy as np  # noqa: E402
+import optax  # noqa: E402
+
+from latentgen.evaluate import likelihood as likelihoods  # noqa: E402
+from latentgen.methods import vae as vae_method  # noqa: E402
+from latentgen.nets import convolution, nvae  # noqa: E402
+from latentgen.nets.layers import Conv  # noqa: E402
+from latentgen.train import keys, step as stepping  # noqa: E402
+from latentgen.types import Stage  # noqa: E402
+
+NVAE = {'balance': True, 'warmup_portion': 0.3, 'spectral': (1e-2, 1e-2)}
+NVAE_BATCH = 32
+
+
+def images(n: int, shape: tuple[int, ...] = (28, 28, 1)) -> jax.Array:
+  return (jax.random.uniform(jax.random.key(0), (n, *shape)) > 0.5).astype(jnp.float32)
+
+
+class Program:
+  """A compiled training step with a state to run it on."""
+
+  def __init__(self, net, batch: int, optimiser, shape=(28, 28, 1), **options):
+    stage = Stage('vae', vae_method.build(net, 1000, **options), {'vae': optimiser}, 1000)
+    self._raw = {'image': images(batch, shape)}
+    preprocess = lambda key, batch, train: batch
+    init = functools.partial(stepping.init_state, stage, preprocess)
+    self.shapes = jax.eval_shape(init, keys.root(0), self._raw)
+    function = jax.jit(stepping.make_step(stage, preprocess)[0], donate_argnums=(0, 1))
+    self._lowered = function.lower(self.shapes, jax.eval_shape(stepping.healthy), keys.root(1), self._raw)
+    self._start = lambda: (jax.jit(init)(keys.root(0), self._raw), stepping.healthy())
+
+  def compiled(self):
+    return self._lowered.compile()
+
+  def run(self):
+    """A function of a step that returns when it is done."""
+    step, (state, health), key = self.compiled(), self._start(), keys.root(1)
+
+    def one():
+      nonlocal state, health
+      state, health, _ = step(state, health, key, self._raw)
+      jax.block_until_ready(state)
+      return state
+
+    return one
+
+  @property
+  def parameters(self) -> int:
+    return sum(x.size for x in jax.tree.leaves(self.shapes.params))
+
+
+def program(kind: str) -> tuple[Program, int]:
+  """The training step of a row, and its batch size."""
+  if kind == 'nvae':
+    return Program(networks.hierarchy(), NVAE_BATCH, optax.adamax(1e-3), **NVAE), NVAE_BATCH
+  net = {'mlp': networks.mlp, 'conv': networks.ConvVAE}[kind]()
+  return Program(net, timing.MLP['batch'], optax.adam(timing.LEARNING_RATE)), timing.MLP['batch']
+
+
+def step(kind: str) -> dict[str, float]:
+  """Images a CPU second."""
+  built, batch = program(kind)
+  return {'images': batch / timing.cpu_seconds(built.run()), 'parameters': built.parameters}
+
+
+def likelihood(kind: str) -> dict[str, float]:
+  """Image-samples a CPU second of the task's own function, K samples an image, 32 images in a batch."""
+  net, n, chunk = {'mlp': (networks.mlp, 32, 25), 'conv': (networks.ConvVAE, 4, 25)}[kind]
+  method, x = vae_method.build(net(), 1), images(n)
+  variables = {'stats': {}, **jax.jit(method.init)(keys.root(0), {'image': x})}
+  function = jax.jit(likelihoods.terms(method.trace, method.trace, timing.SAMPLES, chunk))
+  seconds = timing.cpu_seconds(lambda: jax.block_until_ready(function(variables, x, keys.root(1))), warm=1, repeats=3)
+  return {'samples': n * timing.SAMPLES / seconds}
+
+
+def depthwise(form: str) -> list[float]:
+  """Seconds, forward and backward, by shape; `form` is 'custom' or 'native'."""
+  found = []
+  for shape in timing.DEPTHWISE:
+    x, g = (jax.random.normal(jax.random.key(i), shape) for i in range(2))
+    kernel = jax.random.normal(jax.random.key(2), (timing.KERNEL, timing.KERNEL, 1, shape[-1]))
+
+    def both(x, kernel, g):
+      with convolution.implementation(form):
+        y, pull = jax.vjp(lambda x, kernel: convolution.convolve(x, kernel, depthwise=True), x, kernel)
+      return y, pull(g)
+
+    function = jax.jit(both)
+    found.append(timing.cpu_seconds(lambda: jax.block_until_ready(function(x, kernel, g)), seconds=0.5))
+  return found
+
+
+def layers(path: str) -> int:
+  """Writes the convolutions and normalisations of the NVAE's training pass to a file; how many there are."""
+  net, key, found = networks.hierarchy(), jax.random.key(0), {}
+
+  def times(path: str) -> int:
+    stack = re.search(r'(encoder/)?stack_(\d)', path)
+    if not stack:
+      return 1
+    level = int(stack[2])
+    return net.groups[level] - (not stack[1] and level == 0)  # the first group of the decoder stands alone
+
+  def watch(function, args, kwargs, context):
+    module, name = context.module, '/'.join(context.module.path)
+    if context.method_name == '__call__' and isinstance(module, Conv):
+      kind = 'depthwise' if module.depthwise else f'{module.kernel_size}x{module.kernel_size}'
+      options = {'features': args[0].shape[-1] if module.depthwise else module.features, 'bias': module.use_bias}
+      found[name] = {'kind': kind, 'size': module.kernel_size, 'stride': module.stride, **options}
+    elif context.method_name == '__call__' and isinstance(module, nn.BatchNorm):
+      found[name] = {'kind': 'normalise'}
+    if name in found and 'shape' not in found[name]:
+      found[name] |= {'shape': list(args[0].shape), 'times': times(name)}
+    return function(*args, **kwargs)
+
+  def forward(variables, x):
+    return net.apply(variables, x, 1, True, method='infer', rngs={'sample': key}, mutable=['batch_stats'])
+
+  x = images(NVAE_BATCH)
+  variables = jax.eval_shape(lambda: net.init({'params': key, 'sample': key}, x, method='infer'))
+  with nn.intercept_methods(watch):
+    jax.eval_shape(forward, variables, x)
+  with open(path, 'w') as file:
+    json.dump(list(found.values()), file)
+  return len(found)
+
+
+def stack(groups: int, **options) -> nvae.NVAE:
+  """So many groups at one resolution."""
+  return nvae.build((8, 8, 1), groups=(groups,), latent=4, channels=8, pre_blocks=0, cells_encoder=1, cells_decoder=1, **options)
+
+
+def compile_seconds(groups: str) -> float:
+  """Lowering and compiling the training step."""
+  start = time.perf_counter()
+  Program(stack(int(groups)), 16, optax.adamax(1e-3), (8, 8, 1), **NVAE).compiled()
+  return time.perf_counter() - start
+
+
+def memory() -> dict[str, list[int]]:
+  """Temporaries of the compiled step, less those the gradients take, for two depths, without and with rematerialisation."""
+  found = {}
+  for name, options in (('kept', {}), ('recomputed', {'remat': True})):
+    found[name] = []
+    for groups in (4, 32):
+      built = Program(stack(groups, **options), 64, optax.adamax(1e-3), (8, 8, 1), **NVAE)
+      found[name].append(built.compiled().memory_analysis().temp_size_in_bytes - 4 * built.parameters)
+  # What a group hands on and records, [64, 8, 8, .] in float32: the encoder's state and tap, the decoder's state as context
+  # and as carry (8 channels each), and eps, z, and mean and scale of prior and posterior (4 channels each).
+  return {**found, 'carry': 4 * 64 * 8 * 8 * (4 * 8 + 6 * 4)}
+
+
+def likelihood_bytes(samples: str) -> int:
+  """Temporaries of the compiled importance-weighted bound of an MLP VAE, 32 images, chunks of 50."""
+  method, batch = vae_method.build(networks.mlp(), 1), jax.ShapeDtypeStruct((32, 28, 28, 1), jnp.float32)
+  key = jax.eval_shape(lambda: keys.root(0))
+  variables = jax.eval_shape(lambda k, x: {'stats': {}, **method.init(k, {'image': x})}, key, batch)
+  function = jax.jit(likelihoods.terms(method.trace, method.trace, int(samples), 50))
+  return function.lower(variables, batch, key).compile().memory_analysis().temp_size_in_bytes
+
+
+def priors() -> dict[str, dict[str, float]]:
+  """Sampling one group of a noise-contrastive prior against its critic alone: CPU seconds and bytes."""
+  from latentgen.distributions import Normal
+  from latentgen.priors.critics import Critic
+  from latentgen.priors.tilted import Tilted
+
+  n, shape, width, chunk, steps = 8, (8, 8, 20), 64, 50, 100
+  tilt, key = Tilted(Critic(16, 'AB'), 'z'), jax.random.key(0)
+  context = jax.random.normal(key, (n, 8, 8, width))
+  prior = Normal(jnp.zeros((n, *shape)), jnp.ones((n, *shape)))
+  critic = jax.jit(lambda: tilt.critic.init(key, jnp.zeros((1, *shape)), context[:1])['params'])()
+  params = {'level0': {'stack': jax.tree.map(lambda p: p[None], critic)}}
+
+  def alone(z):
+    return tilt.critic.apply({'params': critic}, z, context)
+
+  def many(count):
+    z = jax.random.normal(key, (chunk, n, *shape))
+    total = lambda i, sum_: sum_ + alone(z + sum_[0, 0]).mean()  # each pass waits for the one before
+    return lambda: jax.lax.fori_loop(0, count // chunk, total, jnp.zeros((chunk, n)))
+
+  def slopes(count):
+    z = jax.random.normal(key, (n, *shape))
+    both = jax.value_and_grad(lambda z: alone(z).sum())
+    return lambda: jax.lax.fori_loop(0, count, lambda _, at: (both(at[0])[1], at[1] + 1), (z, 0))
+
+  def chosen(choose):
+    return lambda: choose(0, 0, prior, context, jax.random.key(1))
+
+  functions = {
+    'sir': chosen(tilt.sir(params, 5000, chunk)),
+    'sir, a tenth': chosen(tilt.sir(params, 500, chunk)),
+    'critic, 5,000 times': many(5000),
+    'langevin': chosen(tilt.langevin(params, steps, 1e-2)),
+    'critic and gradient, 101 times': slopes(steps + 1),
+    'base': lambda: prior.sample(jax.random.key(1)),
+  }
+  found = {}
+  for name, function in functions.items():
+    compiled = jax.jit(function).lower().compile()
+    seconds = timing.cpu_seconds(lambda: jax.block_until_ready(compiled()), warm=1, repeats=3)
+    found[name] = {'seconds': seconds / n, 'bytes': compiled.memory_analysis().temp_size_in_bytes}
+  return found
+
+
+def pipeline() -> float:
+  """Images a second that training batches deliver, shuffled and batched, from a data set in memory."""
+  from latentgen.data import pipeline as pipelines
+  from latentgen.data.source import ArraySource
+
+  source = ArraySource(np.zeros((60_000, 28, 28, 1), np.uint8), name='zeros')
+  batches = pipelines.train_iterator(source, timing.MLP['batch'], 0)
+  next(batches)
+  start, count = time.perf_counter(), 3000
+  for _ in range(count):
+    next(batches)
+  return count * timing.MLP['batch'] / (time.perf_counter() - start)
+
+
+def loop(folder: str) -> dict[str, float]:
+  """Seconds of 1,000 steps of the MLP VAE in the loop, batches and logs included, and of its compiled step alone."""
+  import pathlib
+
+  from latentgen import optim
+  from latentgen.data.source import ArraySource
+  from latentgen.train import loop as loops, sharding
+  from latentgen.train.writers import Metrics
+
+  source = ArraySource(np.random.default_rng(0).integers(0, 256, (10_000, 28, 28, 1), np.uint8), name='noise')
+  prepare = lambda key, raw, train: {'image': (raw['image'] > 127).astype(jnp.float32)}
+  steps, warm, batch = 1100, 100, timing.MLP['batch']
+  optimiser = optim.build('optim', steps, 'adam', timing.LEARNING_RATE)
+  stage = Stage('vae', vae_method.build(networks.mlp(), steps), {'vae': optimiser}, steps)
+  data = dict.fromkeys(('train', 'valid', 'test'), source)
+  settings = loops.Settings(seed=0, batch_size=batch, checkpoint_every_steps=10 * steps)
+  run = loops.Run((stage,), data, prepare, sharding.make_mesh(1), pathlib.Path(folder), settings)
+  seen, write = {}, Metrics.write
+
+  def watched(self, name, at, *args, **kwargs):
+    seen[at] = time.perf_counter()
+    write(self, name, at, *args, **kwargs)
+
+  Metrics.write = watched
+  loops.train(run)
+  function = jax.jit(stepping.make_step(stage, prepare)[0], donate_argnums=(0, 1))
+  raw = jax.device_put(source.take(slice(0, batch)))
+  state, health, key = jax.jit(functools.partial(stepping.init_state, stage, prepare))(keys.root(0), raw), stepping.healthy(), keys.root(1)
+  for i in range(steps):
+    if i == warm:
+      jax.block_until_ready(state)
+      start = time.perf_counter()
+    state, health, _ = function(state, health, key, raw)
+  jax.block_until_ready(state)
+  return {'loop': seen[steps] - seen[warm], 'step': time.perf_counter() - start}
+
+
+def checkpoint(folder: str) -> dict[str, float]:
+  """Seconds that asynchronous saves of the NVAE's state add to steps, and of a step."""
+  import pathlib
+
+  from latentgen.train.checkpoint import Checkpoints
+
+  step = program('nvae')[0].run()
+  step()
+  store, timed = Checkpoints(pathlib.Path(folder).absolute(), keep=2), {False: [], True: []}
+  for i in range(8):
+    start, saves = time.perf_counter(), i % 2 == 1
+    state = step()
+    if saves:
+      store.save(i, state, None)
+    for _ in range(3):
+      step()
+    timed[saves].append(time.perf_counter() - start)
+    store.wait()
+  store.close()
+  plain, saved = (sorted(timed[k])[len(timed[k]) // 2] for k in (False, True))
+  return {'stall': saved - plain, 'step': plain / 4}
+
+
+if __name__ == '__main__':
+  rows = (step, likelihood, depthwise, layers, compile_seconds, memory, likelihood_bytes, priors, pipeline, loop, checkpoint)
+  timing.answer({row.__name__: row for row in rows})
