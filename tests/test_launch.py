@@ -24,6 +24,20 @@ SHELL = sorted(LAUNCH.glob('*.sh'))
 YAML = sorted(LAUNCH.glob('*.yaml'))
 README = 'python -m latentgen.main --config=experiments/nvae_nce.py'
 SLURM = [path for path in SHELL if path.name.startswith('slurm_')]
+SBATCH = {  # options of sbatch(1) that are used, and what it takes for them
+  'job-name': r'[\w-]+', 'nodes': r'\d+', 'ntasks': r'\d+', 'ntasks-per-node': r'\d+', 'gpus-per-node': r'\d+',
+  'cpus-per-task': r'\d+', 'time': r'\d\d:\d\d:\d\d', 'array': r'\d+-\d+', 'requeue': '', 'open-mode': 'append|truncate',
+  'signal': r'[A-Z]+@\d+',  # without B: to the steps, not to the script
+}  # fmt: skip
+JOBSET = {  # fields of a JobSet (v1alpha2) beside those of a Job: (all known, required)
+  'spec': (
+    {'coordinator', 'failurePolicy', 'managedBy', 'network', 'replicatedJobs', 'startupPolicy', 'successPolicy', 'suspend',
+     'ttlSecondsAfterFinished'}, {'replicatedJobs'},
+  ),
+  'failurePolicy': ({'maxRestarts', 'restartStrategy', 'rules'}, set()),
+  'rule': ({'action', 'name', 'onJobFailureReasons', 'targetReplicatedJobs'}, {'action', 'name'}),
+  'replicatedJob': ({'dependsOn', 'groupName', 'name', 'replicas', 'template'}, {'name', 'template'}),
+}  # fmt: skip
 
 
 def name(path):
@@ -64,8 +78,7 @@ def test_shell_files_parse(path):
 @pytest.mark.parametrize('path', [p for p in SHELL + YAML if p.name != 'tpu_startup.sh'], ids=name)
 def test_the_command_is_readmes_and_its_flags_are_known(path):
   found = commands(path)
-  assert len(found) == 1
-  assert shlex.join(found[0]).startswith(README)
+  assert len(found) == 1 and found[0][:4] == shlex.split(README)
   flags, overrides = command.parse([re.sub(r'^(--sweep_index=)\$.*', r'\g<1>1', word) for word in found[0][3:]])
   file, config = load(str(ROOT / flags.config))
   assert not overrides
@@ -81,6 +94,7 @@ def test_slurm_files_ask_for_what_they_use(path):
   text = path.read_text()
   options = dict(re.findall(r'^#SBATCH --([\w-]+)(?:=(.*))?$', text, re.M))
   assert {'job-name', 'nodes', 'time', 'cpus-per-task'} <= options.keys()
+  assert len(options) == text.count('#SBATCH') and all(re.fullmatch(SBATCH[key], options[key]) for key in options)
   # Directives after the first command are comments to Slurm.
   assert text.rindex('#SBATCH') < text.index('\nset -')
   if '--mode=collect' in text:
@@ -96,7 +110,7 @@ def test_slurm_files_ask_for_what_they_use(path):
 
 def test_slurm_jobs_requeue_themselves_when_stopped_and_only_then(tmp_path):
   for tool, body in {
-    'srun': 'exit "$STATUS"', 'squeue': 'echo "$STATE"', 'scontrol': 'echo "$@" >> scontrol.log'
+    'srun': 'echo "$@" > srun.log; exit "$STATUS"', 'squeue': 'echo "$STATE"', 'scontrol': 'echo "$@" >> scontrol.log'
   }.items():  # fmt: skip
     (tmp_path / tool).write_text(f'#!/bin/bash\n{body}\n')
     (tmp_path / tool).chmod(0o755)
@@ -109,10 +123,10 @@ def test_slurm_jobs_requeue_themselves_when_stopped_and_only_then(tmp_path):
       (tmp_path / 'scontrol.log').write_text('')
       env = {
         'PATH': f'{tmp_path}:/usr/bin:/bin', 'STATUS': str(status), 'STATE': state,
-        'SLURM_JOB_ID': '17', 'SLURM_ARRAY_TASK_ID': '1',
+        'SLURM_JOB_ID': '17', 'SLURM_ARRAY_TASK_ID': '1', 'SLURM_CPUS_PER_TASK': '4',
       }  # fmt: skip
       done = subprocess.run(['bash', str(path)], cwd=tmp_path, env=env, capture_output=True, text=True)
-      assert done.returncode == status and not done.stderr
+      assert done.returncode == status and not done.stderr and README in (tmp_path / 'srun.log').read_text()
       assert (tmp_path / 'scontrol.log').read_text() == ('requeue 17\n' if (status, state) == (143, 'RUNNING') else '')
 
 
@@ -170,6 +184,20 @@ def test_kubernetes_objects_have_what_their_kind_requires(path):
         assert rule['onExitCodes']['containerName'] == container['name'] and 0 not in rule['onExitCodes']['values']
       for condition in rule.get('onPodConditions', ()):
         assert condition == {'type': 'DisruptionTarget', 'status': 'True'}
+
+
+def test_a_jobset_has_fields_that_exist_and_none_too_few():
+  (found,) = documents(LAUNCH / 'gke_jobset.yaml')
+  spec, policy = found['spec'], found['spec']['failurePolicy']
+  parts = [('spec', spec), ('failurePolicy', policy), *(('rule', r) for r in policy['rules'])]
+  parts += [('replicatedJob', r) for r in spec['replicatedJobs']]
+  for kind, part in parts:
+    known, required = JOBSET[kind]
+    assert required <= part.keys() <= known, kind
+  for rule in policy['rules']:
+    assert rule['action'] in ('FailJobSet', 'RestartJobSet', 'RestartJobSetAndIgnoreMaxRestarts')
+    assert re.fullmatch('[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?', rule['name'])
+    assert rule['onJobFailureReasons'] == ['PodFailurePolicy']  # why a Job fails whose podFailurePolicy has FailJob
 
 
 def test_processes_of_a_kubernetes_job_find_each_other():
