@@ -52,14 +52,13 @@ def test_four_devices_that_split_images_and_parameters_train_like_one(alone, tmp
 
 
 def test_four_processes_train_like_one_though_one_of_them_dies(alone, tmp_path):
-  share = {'JAX_SHARE_BINARY_BETWEEN_HOSTS': 'true'}  # one compiles for all
-  four = together(lambda **env: start(tmp_path, 4, 1, 2, **share, **env), 4)
+  four = together(lambda **env: start(tmp_path, 4, 1, 2, **env), 4)
   four[2].wait(timeout=500)
   status, said = end(four, seconds=60)
   assert status == [1, 1, -signal.SIGKILL, 1], said
   assert all('if another process has gone, start all again' in said[i].splitlines()[-1] for i in (0, 1, 3)), said
   rows = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
   assert max(r['step'] for r in rows) < 4 and {r['stage'] for r in rows} == {'vae'}
-  other, said = found(together(lambda **env: start(tmp_path, 4, 1, **share, **env), 4), tmp_path)
+  other, said = found(together(lambda **env: start(tmp_path, 4, 1, **env), 4), tmp_path)
   assert 'vae: resuming from step 2\n' in said[0]
   same(alone, other)
