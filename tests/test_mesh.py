@@ -1,4 +1,4 @@
-"""Four emulated devices, and four processes of which one dies, against one device: the same losses, frozen groups to the bit."""
+"""Four emulated devices, and four processes of which one dies, against one device: same losses, frozen groups to the bit."""
 
 import json
 import pathlib
