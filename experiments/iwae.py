@@ -109,6 +109,7 @@ def get_config(variant: str = '') -> ConfigDict:
     return config
   layers = TWO_LAYERS if variant == 'mnist_2layers' else ONE_LAYER
   config = base(MNIST, layers, EPOCHS * 59_600 // 20, dict(objective='iwae', outer=1, samples=50), 5000)
+  config.image_shape = (28, 28, 1)  # for --mode=estimate, which does without data
   config.train.checkpoint_every_steps = 10_000
   paper = 82.90 if variant == 'mnist_2layers' else 84.78
   config.paper = (dict(name='MNIST, nats', paper=paper, ours='likelihood/iwae', note='K = 50, negative log-likelihood'),)

@@ -13,6 +13,7 @@
 set -u
 
 source .venv/bin/activate
+export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK" # which srun does not take over from sbatch since Slurm 22.05
 srun python -m latentgen.main --config=experiments/nvae_nce.py
 status=$?
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from latentgen import assembly, config as configs, sections, types
+from latentgen import assembly, config as configs, types
 from latentgen.train import check, checkpoint, keys, loop, sharding, step as stepping
 
 EXPERIMENTS = sorted((pathlib.Path(__file__).parents[1] / 'experiments').glob('*.py'))
@@ -118,13 +118,15 @@ def test_samples_have_the_images_shape_and_range(steps):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('path', EXPERIMENTS, ids=lambda p: p.stem)
-def test_every_variant_builds_a_recipe_without_allocating(path):
-  file, config, run = build(path)
-  for variant in ('', *file.module.VARIANTS):
-    plain = sections.plain(configs.load(f'{path}:{variant}')[1])
-    recipe = assembly.build_recipe(plain, plain.get('image_shape', run.data['train'].shape))
-    check.check_names(recipe)
-    assert [s.name for s in recipe] == list(plain['recipe'])
+def test_every_variant_builds_a_recipe_without_files_or_allocating(path):
+  """As --mode=estimate does: data that are neither embedded nor drawn are stood for by `config.image_shape`."""
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  for variant in ('', *configs.load(str(path))[0].module.VARIANTS):
+    config = configs.load(f'{path}:{variant}')[1]
+    assert config.data.name in ('digits', 'toy') or 'image_shape' in config, variant
+    run = assembly.build(config, pathlib.Path('unused'), mesh, shapes_only=True)
+    check.check_names(run.recipe)
+    assert [s.name for s in run.recipe] == list(config.recipe)
 
 
 @pytest.mark.slow

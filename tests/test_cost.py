@@ -187,3 +187,11 @@ def test_split_parameters_are_gathered_and_activations_stay(split_parameters):
   moved = split_parameters['moved']
   assert {c['kind'] for c in moved} <= {'all-reduce', 'all-gather', 'reduce-scatter'}
   assert max(c['payload'] for c in moved if c['kind'] == 'all-gather') <= 4 * split_parameters['largest']
+
+
+@pytest.mark.slow
+def test_components_that_start_anew_are_drawn_without_traffic_in_the_loop():
+  found = traffic('csrae.py', 4, 1)
+  assert all(c['times'] == 1 and c['counted'] for c in found['moved'])
+  # The gradient of every parameter is reduced: images are still split where the network sees them.
+  assert sum(c['payload'] for c in found['moved'] if c['kind'] == 'all-reduce') >= 4 * found['parameters']

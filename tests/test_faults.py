@@ -6,12 +6,12 @@ import pathlib
 import re
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import time
 
 import faults
+from processes import end, together
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -43,24 +43,8 @@ def wait_for_rows(workdir, n, processes):
     time.sleep(0.05)
 
 
-def end(processes, seconds=120):
-  """The statuses and what was said, within so many seconds."""
-  try:
-    said = [p.communicate(timeout=seconds)[1] for p in processes]
-  finally:
-    for process in processes:
-      if process.poll() is None:
-        process.kill()
-  return [p.returncode for p in processes], said
-
-
 def pair(workdir, *args):
-  """Two processes on loopback."""
-  with socket.socket() as s:
-    s.bind(('127.0.0.1', 0))
-    port = s.getsockname()[1]
-  common = {'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}', 'JAX_NUM_PROCESSES': '2'}
-  return [start(workdir, *args, JAX_PROCESS_ID=str(i), **common) for i in range(2)]
+  return together(lambda **env: start(workdir, *args, **env))
 
 
 def test_kills_at_random_instants_leave_no_trace(tmp_path):

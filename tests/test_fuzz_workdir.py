@@ -5,12 +5,16 @@ import os
 import pathlib
 import random
 import shutil
+import subprocess
+import sys
 
 from fuzzing import WORDS, little_memory, mutated, runs, survives
+import jax
+import pytest
 
-from latentgen import workdir as workdirs
+from latentgen import config as configs, sections, workdir as workdirs
 from latentgen.errors import UserError
-from latentgen.train import checkpoint, writers
+from latentgen.train import checkpoint, sharding, writers
 
 MINE = {
   'experiment': 'vae_nce', 'variant': 'smoke', 'config': {'seed': 0, 'model': {'name': 'vae', 'hidden': [3]}, 'train': {'log_every_steps': 5}},
@@ -113,3 +117,54 @@ def test_paths_of_work_directories(tmp_path, monkeypatch):
     if '\0' not in word and '\ud800' not in word:  # no argument of a command holds them
       survives(lambda word=word: workdirs.check(pathlib.Path(word), MINE), word)
   assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------------------------- the command line itself
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def snapshot(folder):
+  return {p.relative_to(folder): p.read_bytes() if p.is_file() else None for p in folder.rglob('*')}
+
+
+@pytest.fixture
+def begun(tmp_path):
+  """The folder of a run of vae_nce.py:smoke that was stopped before its first step."""
+  file, config = configs.load(f'{ROOT}/experiments/vae_nce.py:smoke')
+  mine = workdirs.describe(file, sections.plain(config), {}, sharding.make_mesh(devices=jax.devices()[:1]))
+  with workdirs.claim(tmp_path / 'run', mine):
+    pass
+  (tmp_path / 'run' / 'metrics.jsonl').write_text('')
+  return tmp_path / 'run'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'name, spoil, args, said',
+  [
+    ('config.json', lambda p: p.write_bytes(p.read_bytes()[:100]), ['vae_nce.py:smoke'], 'take another --workdir'),
+    ('metrics.jsonl', lambda p: (p.unlink(), p.mkdir()), ['vae_nce.py:smoke'], 'move it away'),
+    (
+      'results.json', lambda p: p.write_text('{"likelihood/elbo": {"value": "1'),
+      ['nvae_nce.py:smoke', '--sweep=seeds', '--mode=collect'], 'cannot be read',
+    ),
+  ],
+  ids=['config', 'metrics', 'results'],
+)  # fmt: skip
+def test_the_command_refuses_in_one_line_and_changes_nothing(begun, name, spoil, args, said):
+  if name == 'results.json':
+    begun = begun.rename(begun.with_name('seeds-0')).parent
+    spoilt = begun / 'seeds-0' / name
+  else:
+    spoilt = begun / name
+  spoil(spoilt)
+  before = snapshot(begun)
+  command = [sys.executable, '-m', 'latentgen.main', f'--config={ROOT}/experiments/{args[0]}', *args[1:], f'--workdir={begun}']
+  env = {**os.environ, 'PYTHONPATH': str(ROOT / 'src')}
+  done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+  assert done.returncode == 2, done.stderr
+  last = done.stderr.splitlines()[-1]
+  assert last.startswith('latentgen: ') and str(spoilt) in last and said in last and 'Traceback' not in done.stderr
+  assert name == 'metrics.jsonl' or done.stderr.count('\n') == 1  # that one is found when the run has begun to speak
+  assert snapshot(begun) == before

@@ -1,16 +1,22 @@
 """Launch files: shells read them, Kubernetes would, and the command in each is README's."""
 
+import os
 import pathlib
 import re
 import shlex
 import shutil
+import socket
 import subprocess
+import sys
+from types import SimpleNamespace
 
+from jax._src.clusters import ClusterEnv, K8sCluster, cloud_tpu_cluster
 import pytest
 import yaml
 
 from latentgen import main as command
 from latentgen.config import load
+from latentgen.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
 LAUNCH = ROOT / 'launch'
@@ -18,6 +24,20 @@ SHELL = sorted(LAUNCH.glob('*.sh'))
 YAML = sorted(LAUNCH.glob('*.yaml'))
 README = 'python -m latentgen.main --config=experiments/nvae_nce.py'
 SLURM = [path for path in SHELL if path.name.startswith('slurm_')]
+SBATCH = {  # options of sbatch(1) that are used, and what it takes for them
+  'job-name': r'[\w-]+', 'nodes': r'\d+', 'ntasks': r'\d+', 'ntasks-per-node': r'\d+', 'gpus-per-node': r'\d+',
+  'cpus-per-task': r'\d+', 'time': r'\d\d:\d\d:\d\d', 'array': r'\d+-\d+', 'requeue': '', 'open-mode': 'append|truncate',
+  'signal': r'[A-Z]+@\d+',  # without B: to the steps, not to the script
+}  # fmt: skip
+JOBSET = {  # fields of a JobSet (v1alpha2) beside those of a Job: (all known, required)
+  'spec': (
+    {'coordinator', 'failurePolicy', 'managedBy', 'network', 'replicatedJobs', 'startupPolicy', 'successPolicy', 'suspend',
+     'ttlSecondsAfterFinished'}, {'replicatedJobs'},
+  ),
+  'failurePolicy': ({'maxRestarts', 'restartStrategy', 'rules'}, set()),
+  'rule': ({'action', 'name', 'onJobFailureReasons', 'targetReplicatedJobs'}, {'action', 'name'}),
+  'replicatedJob': ({'dependsOn', 'groupName', 'name', 'replicas', 'template'}, {'name', 'template'}),
+}  # fmt: skip
 
 
 def name(path):
@@ -58,8 +78,7 @@ def test_shell_files_parse(path):
 @pytest.mark.parametrize('path', [p for p in SHELL + YAML if p.name != 'tpu_startup.sh'], ids=name)
 def test_the_command_is_readmes_and_its_flags_are_known(path):
   found = commands(path)
-  assert len(found) == 1
-  assert shlex.join(found[0]).startswith(README)
+  assert len(found) == 1 and found[0][:4] == shlex.split(README)
   flags, overrides = command.parse([re.sub(r'^(--sweep_index=)\$.*', r'\g<1>1', word) for word in found[0][3:]])
   file, config = load(str(ROOT / flags.config))
   assert not overrides
@@ -75,6 +94,7 @@ def test_slurm_files_ask_for_what_they_use(path):
   text = path.read_text()
   options = dict(re.findall(r'^#SBATCH --([\w-]+)(?:=(.*))?$', text, re.M))
   assert {'job-name', 'nodes', 'time', 'cpus-per-task'} <= options.keys()
+  assert len(options) == text.count('#SBATCH') and all(re.fullmatch(SBATCH[key], options[key]) for key in options)
   # Directives after the first command are comments to Slurm.
   assert text.rindex('#SBATCH') < text.index('\nset -')
   if '--mode=collect' in text:
@@ -90,7 +110,7 @@ def test_slurm_files_ask_for_what_they_use(path):
 
 def test_slurm_jobs_requeue_themselves_when_stopped_and_only_then(tmp_path):
   for tool, body in {
-    'srun': 'exit "$STATUS"', 'squeue': 'echo "$STATE"', 'scontrol': 'echo "$@" >> scontrol.log'
+    'srun': 'echo "$@" > srun.log; exit "$STATUS"', 'squeue': 'echo "$STATE"', 'scontrol': 'echo "$@" >> scontrol.log'
   }.items():  # fmt: skip
     (tmp_path / tool).write_text(f'#!/bin/bash\n{body}\n')
     (tmp_path / tool).chmod(0o755)
@@ -103,10 +123,10 @@ def test_slurm_jobs_requeue_themselves_when_stopped_and_only_then(tmp_path):
       (tmp_path / 'scontrol.log').write_text('')
       env = {
         'PATH': f'{tmp_path}:/usr/bin:/bin', 'STATUS': str(status), 'STATE': state,
-        'SLURM_JOB_ID': '17', 'SLURM_ARRAY_TASK_ID': '1',
+        'SLURM_JOB_ID': '17', 'SLURM_ARRAY_TASK_ID': '1', 'SLURM_CPUS_PER_TASK': '4',
       }  # fmt: skip
       done = subprocess.run(['bash', str(path)], cwd=tmp_path, env=env, capture_output=True, text=True)
-      assert done.returncode == status and not done.stderr
+      assert done.returncode == status and not done.stderr and README in (tmp_path / 'srun.log').read_text()
       assert (tmp_path / 'scontrol.log').read_text() == ('requeue 17\n' if (status, state) == (143, 'RUNNING') else '')
 
 
@@ -166,6 +186,20 @@ def test_kubernetes_objects_have_what_their_kind_requires(path):
         assert condition == {'type': 'DisruptionTarget', 'status': 'True'}
 
 
+def test_a_jobset_has_fields_that_exist_and_none_too_few():
+  (found,) = documents(LAUNCH / 'gke_jobset.yaml')
+  spec, policy = found['spec'], found['spec']['failurePolicy']
+  parts = [('spec', spec), ('failurePolicy', policy), *(('rule', r) for r in policy['rules'])]
+  parts += [('replicatedJob', r) for r in spec['replicatedJobs']]
+  for kind, part in parts:
+    known, required = JOBSET[kind]
+    assert required <= part.keys() <= known, kind
+  for rule in policy['rules']:
+    assert rule['action'] in ('FailJobSet', 'RestartJobSet', 'RestartJobSetAndIgnoreMaxRestarts')
+    assert re.fullmatch('[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?', rule['name'])
+    assert rule['onJobFailureReasons'] == ['PodFailurePolicy']  # why a Job fails whose podFailurePolicy has FailJob
+
+
 def test_processes_of_a_kubernetes_job_find_each_other():
   path = LAUNCH / 'kubernetes_job.yaml'
   kinds = {d['kind']: d for d in documents(path)}
@@ -186,26 +220,109 @@ def test_processes_of_a_kubernetes_job_find_each_other():
   assert codes == [('FailJob', [2]), ('Ignore', [143])]
 
 
-def test_the_command_line_recognises_the_launch_files_environments(monkeypatch):
-  known = (
-    'SLURM_NTASKS', 'SLURM_STEP_NODELIST', 'OMPI_COMM_WORLD_SIZE', 'JAX_NUM_PROCESSES', 'TPU_WORKER_HOSTNAMES',
-    'MEGASCALE_COORDINATOR_ADDRESS',
-  )  # fmt: skip
-  for variable in known:
-    monkeypatch.delenv(variable, raising=False)
-  assert not command.cluster()
-  for variable, value, several in (
-    ('SLURM_NTASKS', '16', False),  # a batch script; its srun starts the processes
-    ('SLURM_NTASKS', '1', False),  # slurm_node.sh: one process drives all GPUs
-    ('JAX_NUM_PROCESSES', '2', True),  # kubernetes_job.yaml
-    ('TPU_WORKER_HOSTNAMES', 'a,b,c,d', True),  # gke_jobset.yaml, put there by GKE
-  ):
+# ---------------------------------------------------------------------------------------------- --distributed=auto
+
+SLURM_STEP = {
+  'SLURM_JOB_ID': '17', 'SLURM_STEP_NODELIST': 'localhost', 'SLURM_NTASKS': '2', 'SLURM_PROCID': '0', 'SLURM_LOCALID': '0',
+}  # fmt: skip
+OPEN_MPI = {
+  'OMPI_MCA_orte_hnp_uri': '1531576320.0;tcp://127.0.0.1:34911', 'OMPI_COMM_WORLD_SIZE': '2', 'OMPI_COMM_WORLD_RANK': '0',
+  'OMPI_COMM_WORLD_LOCAL_RANK': '0',
+}  # fmt: skip
+TPU = {'TPU_SKIP_MDS_QUERY': 'true', 'TPU_WORKER_ID': '0'}  # of a container that GKE gives TPUs
+POD = {'KUBERNETES_SERVICE_HOST': '10.0.0.1', 'JOB_COMPLETION_INDEX': '0', 'HOSTNAME': 'localhost'}
+
+
+@pytest.fixture
+def place(monkeypatch):
+  """(environment, pods of this pod's Job) -> (what `auto` decides there, the processes that jax itself finds)."""
+  for variable in os.environ:
+    if variable.startswith(('SLURM_', 'OMPI_', 'JAX_NUM', 'TPU_', 'MEGASCALE_', 'KUBERNETES_', 'JOB_COMPLETION')):
+      monkeypatch.delenv(variable)
+
+  def decide(env, pods=None):
+    job = SimpleNamespace(spec=SimpleNamespace(parallelism=pods))
     with monkeypatch.context() as patch:
-      patch.setenv(variable, value)
-      assert command.cluster() == several
+      for variable, value in env.items():
+        patch.setenv(variable, value)
+      patch.setattr(cloud_tpu_cluster, 'running_in_cloud_tpu_vm', TPU.items() <= env.items())
+      patch.setattr(cloud_tpu_cluster, 'get_metadata', lambda key: ('', 404))
+      if pods:
+        patch.setattr(K8sCluster, 'is_env_present', classmethod(lambda cls: 'KUBERNETES_SERVICE_HOST' in env))
+        patch.setattr(K8sCluster, '_job', classmethod(lambda cls: job))
+      kinds = [kind for kind in ClusterEnv._cluster_types if not kind.opt_in_only_method]
+      found = next((kind for kind in kinds if kind.is_env_present()), None)
+      return command.cluster(), found and found.get_process_count()
+
+  return decide
+
+
+@pytest.mark.parametrize(
+  'env, pods, processes',
+  [
+    ({}, None, None),
+    ({'SLURM_NTASKS': '16', 'SLURM_JOB_ID': '17'}, None, None),  # a batch script; its srun starts the processes
+    (SLURM_STEP, None, 2),  # slurm_nodes.sh, under srun
+    ({**SLURM_STEP, 'SLURM_NTASKS': '1'}, None, 1),  # slurm_node.sh: one process drives all GPUs
+    (OPEN_MPI, None, 2),
+    ({**OPEN_MPI, 'OMPI_COMM_WORLD_SIZE': '1'}, None, 1),
+    ({**TPU, 'TPU_WORKER_HOSTNAMES': 'a,b,c,d', **POD}, None, 4),  # gke_jobset.yaml, put there by GKE
+    ({**TPU, 'TPU_WORKER_HOSTNAMES': 'a', **POD}, None, 1),
+    ({**TPU, 'TPU_PROCESS_ADDRESSES': 'a:1,b:1'}, None, 2),
+    ({**TPU, 'TPU_WORKER_HOSTNAMES': 'a', 'MEGASCALE_COORDINATOR_ADDRESS': 'a', 'MEGASCALE_NUM_SLICES': '2'}, None, 2),
+    (POD, 4, 4),  # an indexed Job or JobSet
+    (POD, 1, 1),
+  ],
+)  # fmt: skip
+def test_auto_decides_as_jax_counts(place, env, pods, processes):
+  assert place(env, pods) == (processes is not None and processes > 1, processes)
+
+
+def test_auto_goes_by_jax_variables_first_and_leaves_pods_of_no_indexed_job_alone(place):
+  assert place({'JAX_NUM_PROCESSES': '2'})[0]  # kubernetes_job.yaml
+  assert place({**POD, 'JAX_NUM_PROCESSES': '2'}, 1)[0]
+  assert not place({**SLURM_STEP, 'JAX_NUM_PROCESSES': '1'})[0]
+  assert not place({'KUBERNETES_SERVICE_HOST': '10.0.0.1'}, 4)[0]
+
+
+def test_kubernetes_without_leave_to_ask_it_is_said(place, monkeypatch):
+  refuse = lambda cls: (_ for _ in ()).throw(RuntimeError('the service account\nmay not read pods'))
+  with monkeypatch.context() as patch:
+    patch.setattr(K8sCluster, 'get_process_count', classmethod(refuse))
+    with pytest.raises(UserError, match='may not read pods.*set JAX_COORDINATOR_ADDRESS.*or --distributed=off'):
+      place(POD, 4)
+  monkeypatch.setitem(sys.modules, 'kubernetes', None)
+  with pytest.warns(UserWarning, match='`kubernetes` package is not\\s+installed'):
+    assert not place(POD)[0]
+
+
+def test_the_tpu_script_says_that_it_is_one_of_several():
   (words,) = commands(LAUNCH / 'tpu_pod.sh')
   assert command.parse(words[3:])[0].distributed == 'on'  # nothing in its environment says so
-  with monkeypatch.context() as patch:
-    patch.setenv('SLURM_NTASKS', '16')
-    patch.setenv('SLURM_STEP_NODELIST', 'node[1-2]')  # slurm_nodes.sh: under srun
-    assert command.cluster()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('env, rank', [(SLURM_STEP, 'SLURM_PROCID'), (OPEN_MPI, 'OMPI_COMM_WORLD_RANK')], ids=['slurm', 'mpi'])
+def test_two_processes_of_a_launcher_join(env, rank):
+  with socket.socket() as s:
+    s.bind(('127.0.0.1', 0))
+    port = str(s.getsockname()[1])
+  program = "from latentgen import main; main.start_jax('auto'); import jax; print(jax.process_index(), jax.process_count())"
+  env = {**os.environ, 'PYTHONPATH': str(ROOT / 'src'), 'JAX_COORDINATOR_PORT': port, **env}
+  pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
+  pair = [subprocess.Popen([sys.executable, '-c', program], env={**env, rank: str(i)}, **pipes) for i in range(2)]
+  try:
+    said = [process.communicate(timeout=120) for process in pair]
+  finally:
+    for process in pair:
+      process.kill()
+  assert [out.split() for out, _ in said] == [['0', '2'], ['1', '2']], said
+
+
+def test_a_distributed_run_that_nothing_describes_is_refused(place):
+  place({})  # leaves nothing in the environment
+  done = subprocess.run(
+    [sys.executable, '-m', 'latentgen.main', '--config=experiments/vae_nce.py:smoke', '--distributed=on'], cwd=ROOT,
+    env={**os.environ, 'PYTHONPATH': str(ROOT / 'src')}, capture_output=True, text=True, timeout=120,
+  )  # fmt: skip
+  assert done.returncode == 2 and done.stderr.count('\n') == 1 and 'set JAX_COORDINATOR_ADDRESS' in done.stderr

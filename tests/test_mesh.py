@@ -1,13 +1,13 @@
-"""Two emulated devices, and two processes, against one device: the same losses, frozen groups to the bit."""
+"""Four emulated devices, and four processes of which one dies, against one device: same losses, frozen groups to the bit."""
 
 import json
 import pathlib
 import signal
-import socket
 import subprocess
 import sys
 
 import numpy as np
+from processes import end, together
 import pytest
 from quick import environment
 
@@ -15,26 +15,23 @@ HERE = pathlib.Path(__file__).parent
 pytestmark = pytest.mark.slow
 
 
-def start(experiment, workdir, data, fsdp, **env):
+def start(workdir, data, fsdp, *dies, **env):
   env = environment(PYTHONPATH=str(HERE.parent / 'src'), **env)
-  command = [sys.executable, str(HERE / 'devices.py'), experiment, str(workdir), str(data), str(fsdp)]
-  return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+  command = [sys.executable, str(HERE / 'devices.py'), *map(str, (workdir, data, fsdp, *dies))]
+  return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
-def found(process, workdir):
-  try:
-    _, error = process.communicate(timeout=500)
-  except subprocess.TimeoutExpired:
-    process.send_signal(signal.SIGKILL)  # jax.distributed swallows SIGTERM
-    raise
-  assert process.returncode == 0, error[-3000:]
-  return json.loads((workdir / 'found.json').read_text())
+def found(processes, workdir):
+  """What a run that ends well has left, and what each process said."""
+  status, said = end(processes, seconds=500)
+  assert not any(status), said
+  return json.loads((workdir / 'found.json').read_text()), said
 
 
 @pytest.fixture(scope='module')
 def alone(tmp_path_factory):
   workdir = tmp_path_factory.mktemp('one')
-  return found(start('nvae_nce.py', workdir, 1, 1), workdir)
+  return found([start(workdir, 1, 1)], workdir)[0]
 
 
 def same(one, other):
@@ -45,33 +42,23 @@ def same(one, other):
     for name in a.keys() - {'stage', 'split'}:
       # summation order alone differs; training amplifies it step by step
       np.testing.assert_allclose(a[name], b[name], rtol=2e-3, atol=2e-3, err_msg=f'{name} at {a["stage"]} {a["step"]}')
-  assert one['frozen'] and other['frozen']
+  assert one['frozen'] and other['frozen'] and other['devices'] == 4
 
 
-@pytest.mark.parametrize('data, fsdp', [(2, 1), (1, 2)])
-def test_two_devices_train_like_one(alone, tmp_path, data, fsdp):
-  flags = '--xla_force_host_platform_device_count=2'
-  other = found(start('nvae_nce.py', tmp_path, data, fsdp, XLA_FLAGS=flags), tmp_path)
-  assert other['devices'] == 2
-  assert (other['split'] > 10) == (fsdp == 2)
+def test_four_devices_that_split_images_and_parameters_train_like_one(alone, tmp_path):
+  other, _ = found([start(tmp_path, 2, 2, XLA_FLAGS='--xla_force_host_platform_device_count=4')], tmp_path)
+  assert other['split'] > 10
   same(alone, other)
 
 
-def test_two_processes_train_like_one(tmp_path):
-  alone = found(start('vae_nce.py', tmp_path / 'one', 1, 1), tmp_path / 'one')
-  tmp_path = tmp_path / 'two'
-  with socket.socket() as s:
-    s.bind(('127.0.0.1', 0))
-    port = s.getsockname()[1]
-  common = {'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}', 'JAX_NUM_PROCESSES': '2'}
-  pair = [start('vae_nce.py', tmp_path, 2, 1, JAX_PROCESS_ID=str(i), **common) for i in range(2)]
-  try:
-    other = found(pair[0], tmp_path)
-    pair[1].communicate(timeout=60)
-    assert pair[1].returncode == 0
-  finally:
-    for process in pair:
-      if process.poll() is None:
-        process.send_signal(signal.SIGKILL)
-  assert other['devices'] == 2
+def test_four_processes_train_like_one_though_one_of_them_dies(alone, tmp_path):
+  four = together(lambda **env: start(tmp_path, 4, 1, 2, **env), 4)
+  four[2].wait(timeout=500)
+  status, said = end(four, seconds=60)
+  assert status == [1, 1, -signal.SIGKILL, 1], said
+  assert all('if another process has gone, start all again' in said[i].splitlines()[-1] for i in (0, 1, 3)), said
+  rows = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
+  assert max(r['step'] for r in rows) < 4 and {r['stage'] for r in rows} == {'vae'}
+  other, said = found(together(lambda **env: start(tmp_path, 4, 1, **env), 4), tmp_path)
+  assert 'vae: resuming from step 2\n' in said[0]
   same(alone, other)

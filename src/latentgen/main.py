@@ -17,6 +17,7 @@ from latentgen.errors import Preempted, SaveFailed, TrainingDiverged, UserError,
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 PREEMPTED = 128 + 15
+EXPLICIT = 'set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or --distributed=off'
 MODES = ('train', 'evaluate', 'sample', 'estimate', 'collect')
 
 
@@ -63,21 +64,43 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
 
 
 def cluster() -> bool:
-  """Whether the environment is that of one process among several, of the kinds that jax.distributed recognises."""
+  """Whether this is one process of several: by `JAX_*` variables, else where `jax.distributed` would find so by itself.
 
-  def more_than_one(name: str) -> bool:
-    return os.environ.get(name, '').isdigit() and int(os.environ[name]) > 1
+  Slurm, Open MPI and GKE's TPUs say it in the environment; Kubernetes alone is asked, about the indexed Job of this pod.
 
+  Raises:
+    UserError: Kubernetes does not answer.
+  """
+  env = os.environ
+  several = lambda name: env.get(name, '1') not in ('0', '1')
+  if 'JAX_NUM_PROCESSES' in env:
+    return several('JAX_NUM_PROCESSES')  # what is no number is refused later
   return (
-    any(more_than_one(n) for n in ('OMPI_COMM_WORLD_SIZE', 'JAX_NUM_PROCESSES'))
-    or (more_than_one('SLURM_NTASKS') and 'SLURM_STEP_NODELIST' in os.environ)  # a batch script without srun is one process
-    or ',' in os.environ.get('TPU_WORKER_HOSTNAMES', '')
-    or 'MEGASCALE_COORDINATOR_ADDRESS' in os.environ
+    (several('SLURM_NTASKS') and 'SLURM_STEP_NODELIST' in env)  # a batch script without srun is one process
+    or several('OMPI_COMM_WORLD_SIZE')
+    or any(',' in env.get(name, '') for name in ('TPU_PROCESS_ADDRESSES', 'TPU_WORKER_HOSTNAMES'))
+    or any(name in env for name in ('TPU_PROCESS_ADDRESSES_PATH', 'MEGASCALE_COORDINATOR_ADDRESS'))
+    or ('TPU_WORKER_HOSTNAMES' not in env and {'KUBERNETES_SERVICE_HOST', 'JOB_COMPLETION_INDEX'} <= env.keys() and _pods() > 1)
   )
 
 
+def _pods() -> int:
+  """Pods of the indexed Job that this one belongs to, as jax.distributed would count them."""
+  try:
+    from jax._src.clusters import K8sCluster  # no public name offers the count
+
+    return K8sCluster.get_process_count() if K8sCluster.is_env_present() else 1
+  except Exception as error:
+    what = f'Kubernetes does not say how many pods this Job has ({_line(error)})'
+    raise UserError(f'--distributed: {what}; {EXPLICIT}') from error
+
+
 def start_jax(distributed: str) -> None:
-  """Compilation cache and, where there are several hosts, the distributed runtime; before any device is looked at."""
+  """Compilation cache and, where there are several hosts, the distributed runtime; before any device is looked at.
+
+  Raises:
+    UserError: the environment does not say which processes are one run.
+  """
   import jax
 
   if not os.environ.get('JAX_COMPILATION_CACHE_DIR'):
@@ -99,7 +122,12 @@ def start_jax(distributed: str) -> None:
         'num_processes': int(numbers['JAX_NUM_PROCESSES']),
         'process_id': int(numbers['JAX_PROCESS_ID']),
       }
-    jax.distributed.initialize(**explicit)
+    try:
+      jax.distributed.initialize(**explicit)
+    except jax.errors.JaxRuntimeError:  # processes that do not come
+      raise
+    except (ValueError, RuntimeError) as error:
+      raise UserError(f'--distributed={distributed}: {_line(error)}; {EXPLICIT}') from error
 
 
 def main(argv: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from latentgen import losses
 from latentgen.distributions import GaussianMixture, Normal
@@ -209,7 +210,7 @@ class MixturePrior(LatentMethod):
       known = jnp.where(label == jnp.arange(self.classes), 0.0, -1e9)
       fit = jnp.repeat(jnp.where(label >= 0, known, log_class).T, c // self.classes, axis=0)
     live = lambda: jnp.zeros(c, jnp.int32)
-    pick = lambda: mixtures.places(jax.random.fold_in(ctx.key, 1), q.loc, p.loc, dead, fit)
+    pick = lambda: mixtures.places(jax.random.fold_in(ctx.key, 1), _whole(q.loc), p.loc, dead, _whole(fit.T).T)
     rows = jax.lax.cond(dead.any(), pick, live)
     current = jax.tree.map(jnp.add, params, old['shift'])
     seeds = self.prior.seeds(current, q.loc[rows], jnp.sqrt(jnp.square(q.scale).mean(0)), ctx.batch['image'][rows])
@@ -281,6 +282,19 @@ def _gaussian(trace: Trace) -> Normal:
   """q(z | x) of a trace with one group; loc and scale [b, d]."""
   (q,) = trace.posterior
   return Normal(*(jnp.broadcast_to(a, q.shape)[0, 0] for a in (q.loc, q.scale)))
+
+
+def _whole(x: Array) -> Array:
+  """All rows of `x`, one for each image, on every device.
+
+  Draws that depend on each other would ask the devices for their rows anew each time. What comes before stays split by images.
+  """
+  mesh = jax.typeof(x).sharding.mesh
+  if mesh.empty:
+    return x
+  for spec in (PartitionSpec(mesh.axis_names), PartitionSpec()):
+    x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+  return x
 
 
 def build(
