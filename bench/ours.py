@@ -250,6 +250,7 @@ def loop(folder: str) -> dict[str, float]:
   source = ArraySource(np.random.default_rng(0).integers(0, 256, (10_000, 28, 28, 1), np.uint8), name='noise')
   prepare = lambda key, raw, train: {'image': (raw['image'] > 127).astype(jnp.float32)}
   steps, warm, batch = 1100, 100, timing.MLP['batch']
+  pathlib.Path(folder).mkdir()
   optimiser = optim.build('optim', steps, 'adam', timing.LEARNING_RATE)
   stage = Stage('vae', vae_method.build(networks.mlp(), steps), {'vae': optimiser}, steps)
   data = dict.fromkeys(('train', 'valid', 'test'), source)

@@ -1,68 +1,245 @@
-"""make bench: the tables of docs/benchmarks.md, printed. Ratios within one run; medians; conditions stated."""
+"""make bench: measures every row and writes docs/benchmarks.md. Ratios to a peer are medians over alternating processes.
 
+usage: run.py [--peers=PYTHON] [--out=FILE] [ROW ...]
+"""
+
+import argparse
+from collections.abc import Callable
+import datetime
+import json
 import os
+import pathlib
 import platform
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
+from typing import Any
 
-os.environ.pop('JAX_COMPILATION_CACHE_DIR', None)  # compile times are measured here
+import timing
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-
-from latentgen.methods import vae as vae_method  # noqa: E402
-from latentgen.nets import nvae, vae  # noqa: E402
-from latentgen.train import keys, step as stepping  # noqa: E402
-from latentgen.types import Stage  # noqa: E402
-
-REPEATS = 3
+HERE = pathlib.Path(__file__).parent
+ROOT = HERE.parent
+ROUNDS = 3
 
 
-def compile_seconds(groups: int) -> float:
-  """Lowering and compiling the train step of an NVAE with so many groups at one resolution."""
-  import optax
+class Failed(Exception):
+  """A measurement that could not be made, and why."""
 
-  net = nvae.build((8, 8, 1), groups=(groups,), latent=4, channels=8, pre_blocks=0, cells_encoder=1, cells_decoder=1)
-  method = vae_method.build(net, 100, balance=True, warmup_portion=0.3, spectral=(1e-2, 1e-2))
-  stage = Stage('vae', method, {'vae': optax.adamax(1e-3)}, 100)
-  raw = {'image': jax.ShapeDtypeStruct((16, 8, 8, 1), jnp.float32)}
-  preprocess = lambda key, batch, train: batch
-  key = jax.eval_shape(lambda: keys.root(0))
-  state = jax.eval_shape(lambda k, r: stepping.init_state(stage, preprocess, k, r), key, raw)
-  health = jax.eval_shape(stepping.healthy)
+
+class Bench:
+  """Runs measurements in processes of their own; `peers` is the interpreter of the peers' environment, or why there is none."""
+
+  def __init__(self, peers: str, folder: pathlib.Path):
+    self._peers, self.folder = peers, folder
+
+  def ours(self, *arguments: Any, cache: bool = False) -> Any:
+    return self._run(sys.executable, 'ours.py', arguments, cache)
+
+  def theirs(self, *arguments: Any) -> Any:
+    if not os.path.exists(self._peers):
+      raise Failed(self._peers)
+    return self._run(self._peers, 'peers.py', arguments)
+
+  def _run(self, python: str, program: str, arguments: tuple[Any, ...], cache: bool = False) -> Any:
+    env = {**os.environ, 'PYTHONPATH': str(ROOT / 'src')}
+    if not cache:
+      env.pop('JAX_COMPILATION_CACHE_DIR', None)
+    command = [python, str(HERE / program), *map(str, arguments)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=1200)
+    if done.returncode:
+      raise Failed((done.stderr.strip().splitlines() or ['no output'])[-1][:300])
+    return json.loads(done.stdout.splitlines()[-1])
+
+  def against(self, unit: str, ours: tuple[Any, ...], theirs: tuple[Any, ...], digits: int = 0) -> tuple[str, float]:
+    """(figures, ratio) of rates in turns."""
+    pairs = [(self.ours(*ours)[unit], self.theirs(*theirs)[unit]) for _ in range(ROUNDS)]
+    mine, other = (statistics.median(column) for column in zip(*pairs, strict=True))
+    ratio = statistics.median(a / b for a, b in pairs)
+    return f'{mine:,.{digits}f} / {other:,.{digits}f} = **{ratio:.2f}**', ratio
+
+
+Row = tuple[str, str, str]  # what, figure, target
+
+
+def mlp_step(bench: Bench) -> Row:
+  figure, _ = bench.against('images', ('step', 'mlp'), ('step', 'mlp'))
+  return 'train step, MLP VAE 784-512-16, batch 100: images per CPU second, ours / Pythae', figure, '> 1.5'
+
+
+def conv_step(bench: Bench) -> Row:
+  figure, _ = bench.against('images', ('step', 'conv'), ('step', 'conv'), 1)
+  return "train step, convolutional VAE of Pythae's MNIST benchmark, batch 100: images per CPU second, ours / Pythae", figure, '> 1.3'
+
+
+def nvae_step(bench: Bench) -> Row:
+  path = bench.folder / 'layers.json'
+  count, pairs, kinds = bench.ours('layers', path), [], {}
+  for _ in range(ROUNDS):
+    kinds = bench.theirs('layers', path)
+    pairs.append((bench.ours('step', 'nvae')['images'], 32 / sum(kinds.values())))
+  mine, other = (statistics.median(column) for column in zip(*pairs, strict=True))
+  ratio = statistics.median(a / b for a, b in pairs)
+  spent = ', '.join(f'{kind} {1e3 * seconds:.0f} ms' for kind, seconds in kinds.items())
+  what = (
+    'train step, NVAE 1.28 M, batch 32, spectral term and Adamax included: images per CPU second, ours / what forward and '
+    f"backward of torch's own {count} layers alone allow ({spent} a batch; normalise is BatchNorm and SiLU)"
+  )
+  return what, f'{mine:.1f} / {other:.1f} = **{ratio:.2f}**', '> 1.2'
+
+
+def depthwise(bench: Bench) -> Row:
+  mine, native, other = bench.ours('depthwise', 'custom'), bench.ours('depthwise', 'native'), bench.theirs('depthwise')
+  shapes = [f'{h}x{w}x{c}' for _, h, w, c in timing.DEPTHWISE]
+  figures = [
+    f'{shape}: {1e3 * a:.1f} / {1e3 * b:.1f} = **{a / b:.2f}** ({1e3 * n:.0f})'
+    for shape, a, b, n in zip(shapes, mine, other, native, strict=True)
+  ]
+  return "depthwise 5x5, forward and backward, batch 32: ms, ours / torch (XLA's grouped convolution)", '; '.join(figures), '< 1'
+
+
+def compilation(bench: Bench) -> Row:
+  seconds = {g: statistics.median(bench.ours('compile_seconds', g) for _ in range(ROUNDS)) for g in (4, 8, 16, 32)}
+  each = ', '.join(f'{g}: {s:.1f} s' for g, s in seconds.items())
+  return 'compile time of the train step by groups at one resolution, 32 / 4', f'{each}; **{seconds[32] / seconds[4]:.2f}**', '< 1.5'
+
+
+def depth_memory(bench: Bench) -> Row:
+  found = bench.ours('memory')
+  growth = {name: (found[name][1] - found[name][0]) / 28 for name in ('kept', 'recomputed')}
+  figure = (
+    f'without {growth["kept"] / 2**20:.2f} MiB, with {growth["recomputed"] / 2**20:.2f} MiB = '
+    f'**{growth["recomputed"] / found["carry"]:.2f}** times what a group hands on ({found["carry"] / 2**20:.2f} MiB)'
+  )
+  return 'memory of the train step that a further group takes, beside its gradient, batch 64: without and with rematerialisation', figure, 'the carry only'
+
+
+def likelihood_memory(bench: Bench) -> Row:
+  few, many = bench.ours('likelihood_bytes', 50), bench.ours('likelihood_bytes', 5000)
+  figure = f'{many / 2**20:.1f} / {few / 2**20:.1f} MiB = **{many / few:.2f}**'
+  return 'memory of the importance-weighted likelihood, K = 5,000 / K = 50', figure, '< 1.2'
+
+
+def mlp_likelihood(bench: Bench) -> Row:
+  figure, _ = bench.against('samples', ('likelihood', 'mlp'), ('likelihood', 'mlp'))
+  return "likelihood, K = 1,000, MLP VAE: image-samples per CPU second, ours / Pythae's `get_nll`", figure, '> 10'
+
+
+def conv_likelihood(bench: Bench) -> Row:
+  figure, _ = bench.against('samples', ('likelihood', 'conv'), ('likelihood', 'conv'))
+  return "likelihood, K = 1,000, convolutional VAE: image-samples per CPU second, ours / Pythae's `get_nll`", figure, '> 10'
+
+
+def priors(bench: Bench) -> list[Row]:
+  found = bench.ours('priors')
+  rows = []
+  for name, alone in (('sir', 'critic, 5,000 times'), ('langevin', 'critic and gradient, 101 times')):
+    mine, bare, base = (found[key]['seconds'] for key in (name, alone, 'base'))
+    what = {'sir': 'SIR, M = 5,000 proposals', 'langevin': 'Langevin, 100 steps'}[name]
+    what += f': ms a sample of one group of 8x8x20, ours / {alone} (a draw of the base prior)'
+    rows.append((what, f'{1e3 * mine:.1f} / {1e3 * bare:.1f} = **{mine / bare:.2f}** ({1e3 * base:.3f})', '< 1.2'))
+  few, many = (found[key]['bytes'] / 2**20 for key in ('sir, a tenth', 'sir'))
+  rows.append(('memory of SIR, M = 5,000 / M = 500', f'{many:.1f} / {few:.1f} MiB = **{many / few:.2f}**', 'flat'))
+  return rows
+
+
+def pipeline(bench: Bench) -> Row:
+  images = statistics.median(bench.ours('pipeline') for _ in range(ROUNDS))
+  eaten = bench.ours('step', 'mlp')['images']
+  what = 'input pipeline: images a second, shuffled and batched, 28x28 in memory / what the fastest step here eats'
+  return what, f'{images:,.0f} / {eaten:,.0f} = **{images / eaten:.0f}**', '> 5'
+
+
+def loop(bench: Bench) -> Row:
+  found = []
+  for i in range(ROUNDS):
+    found.append(bench.ours('loop', bench.folder / f'loop{i}'))
+  whole, bare = (statistics.median(f[key] for f in found) for key in ('loop', 'step'))
+  over = statistics.median(f['loop'] / f['step'] - 1 for f in found)
+  what = '1,000 steps of the MLP VAE in the loop, with batches and logs / the compiled step alone, wall seconds'
+  return what, f'{whole:.2f} / {bare:.2f}: **{over:+.1%}**', '< +5 %'
+
+
+def checkpoint(bench: Bench) -> Row:
+  found = bench.ours('checkpoint', bench.folder / 'checkpoints')
+  what = 'what an asynchronous save of the NVAE adds to the wall time of 4 steps / a step'
+  return what, f'{1e3 * found["stall"]:.0f} / {1e3 * found["step"]:.0f} ms = **{found["stall"] / found["step"]:.2f}**', '< 1'
+
+
+def startup(bench: Bench) -> Row:
+  """Seconds from the command to the first step that is logged, compilation cache warm."""
   seconds = []
-  for _ in range(REPEATS):
-    jax.clear_caches()
+  for i in range(ROUNDS + 1):
+    workdir = bench.folder / f'start{i}'
+    env = {**os.environ, 'PYTHONPATH': str(ROOT / 'src'), 'JAX_COMPILATION_CACHE_DIR': str(bench.folder / 'cache')}
+    command = [sys.executable, '-m', 'latentgen.main', '--config=experiments/nvae_nce.py:smoke', f'--workdir={workdir}']
     start = time.perf_counter()
-    jax.jit(stepping.make_step(stage, preprocess)[0]).lower(state, health, key, raw).compile()
-    seconds.append(time.perf_counter() - start)
-  return statistics.median(seconds)
+    with subprocess.Popen([*command, '--config.train.log_every_steps=1'], cwd=ROOT, env=env, stderr=subprocess.DEVNULL) as process:
+      metrics = workdir / 'metrics.jsonl'
+      while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+        time.sleep(0.02)
+      seconds.append(time.perf_counter() - start)
+      if i:
+        process.kill()
+      elif process.wait():
+        raise Failed('the smoke configuration does not run')
+  return 'start: command to the first step of `nvae_nce.py:smoke`, compilation cache warm', f'**{statistics.median(seconds[1:]):.1f} s**', '< 8 s'
 
 
-def likelihood_bytes(samples: int, chunk: int = 50) -> int:
-  """Temporaries of the compiled importance-weighted bound, from the program that evaluation runs."""
-  from latentgen.evaluate import likelihood
+ROWS: tuple[Callable[[Bench], Any], ...] = (
+  mlp_step, conv_step, nvae_step, depthwise, compilation, depth_memory, mlp_likelihood, conv_likelihood, likelihood_memory,
+  priors, pipeline, loop, checkpoint, startup,
+)  # fmt: skip
 
-  net = vae.build((28, 28, 1), latent=16, hidden=(256,))
-  method = vae_method.build(net, 1)
-  batch = {'image': jax.ShapeDtypeStruct((32, 28, 28, 1), jnp.float32)}
-  key = jax.eval_shape(lambda: keys.root(0))
-  variables = jax.eval_shape(lambda k, b: {'stats': {}, **method.init(k, b)}, key, batch)
 
-  def bound(variables, x, key):
-    return likelihood.importance(lambda key, k: method.trace(variables, x, key, k).log_weight(), key, samples, chunk)
+def processor() -> str:
+  try:
+    lines = pathlib.Path('/proc/cpuinfo').read_text().splitlines()
+    return next(line.split(': ', 1)[1] for line in lines if line.startswith('model name'))
+  except (OSError, StopIteration):
+    return platform.processor() or platform.machine()
 
-  return jax.jit(bound).lower(variables, batch['image'], key).compile().memory_analysis().temp_size_in_bytes
+
+def conditions(bench: Bench) -> str:
+  import jax
+
+  try:
+    versions = bench.theirs('versions')
+    peers = ', '.join(f'{name} {version}' for name, version in versions.items())
+  except Failed as error:
+    peers = f'no peer could be installed: {error}'
+  when = datetime.date.today().isoformat()
+  gpus = [d.device_kind for d in jax.devices() if d.platform == 'gpu']
+  return (
+    f'{when}, {processor()}, {os.cpu_count()} cores; Python {platform.python_version()}, jax {jax.__version__}; {peers}. '
+    f'Rates per CPU second are of one thread; medians of {ROUNDS} rounds, ours and the peer in turns. '
+    f'Accelerator: {", ".join(gpus) or "none at hand, so nothing below was measured on one"}.'
+  )
 
 
 def main() -> None:
-  print(f'{time.strftime("%Y-%m-%d")}, Python {platform.python_version()}, jax {jax.__version__}, '
-        f'{jax.devices()[0].device_kind}, {os.cpu_count()} cores, median of {REPEATS}')  # fmt: skip
-  print('| what | figure | target |\n| --- | --- | --- |')
-  few, many = compile_seconds(4), compile_seconds(24)
-  print(f'| compile time of the train step, 24 groups / 4 groups at one resolution | {many:.1f} s / {few:.1f} s = {many / few:.2f} | < 1.5 |')
-  small, large = likelihood_bytes(50), likelihood_bytes(5000)
-  print(f'| peak temporaries of the likelihood, K = 5,000 / K = 50 | {large / 2**20:.1f} / {small / 2**20:.1f} MiB = {large / small:.2f} | < 1.2 |')
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--peers', default='none was asked for', help="interpreter of the peers' environment")
+  parser.add_argument('--out', help='file to write; default: print only')
+  parser.add_argument('rows', nargs='*', choices=[[], *(row.__name__ for row in ROWS)], help='default: all')
+  flags = parser.parse_args()
+  with tempfile.TemporaryDirectory() as folder:
+    bench = Bench(flags.peers, pathlib.Path(folder))
+    lines = ['# Benchmarks', '', 'Printed by `make bench`.', '', conditions(bench), '', '| what | figure | target |', '| --- | --- | --- |']
+    print('\n'.join(lines), flush=True)
+    for row in ROWS:
+      if flags.rows and row.__name__ not in flags.rows:
+        continue
+      try:
+        found = row(bench)
+      except Failed as error:
+        found = (row.__name__, f'not measured: {error}', '')
+      for cells in found if isinstance(found, list) else [found]:
+        lines.append(f'| {" | ".join(cells)} |')
+        print(lines[-1], flush=True)
+  if flags.out:
+    pathlib.Path(flags.out).write_text('\n'.join(lines) + '\n')
 
 
 if __name__ == '__main__':

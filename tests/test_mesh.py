@@ -16,7 +16,8 @@ pytestmark = pytest.mark.slow
 
 
 def start(workdir, data, fsdp, *dies, **env):
-  env = environment(PYTHONPATH=str(HERE.parent / 'src'), **env)
+  # NPROC: threads of a process; with fewer than its devices need, collectives that wait for one another never end.
+  env = environment(PYTHONPATH=str(HERE.parent / 'src'), NPROC='16', **env)
   command = [sys.executable, str(HERE / 'devices.py'), *map(str, (workdir, data, fsdp, *dies))]
   return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
