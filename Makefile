@@ -1,6 +1,6 @@
 # make demo    environment, install, and the main job on the embedded data: a report in minutes
 # make test    environment, install, all tests
-# make bench   the benchmark tables of docs/benchmarks.md
+# make bench   the benchmark tables of docs/benchmarks.md, against Pythae and torch in an environment of their own
 #
 # PYTHON picks the interpreter (3.11 or newer); each has an environment of its own.
 
@@ -8,6 +8,7 @@ PYTHON ?= python3
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 VENV ?= .venv-$(VERSION)
 RUN := $(VENV)/bin/python
+PEERS ?= .venv-peers-$(VERSION)
 CONFIG ?= experiments/nvae_nce.py
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/xla-$(VERSION)
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS = 0
@@ -24,8 +25,8 @@ test: install
 test-fast: install
 	JAX_PLATFORMS=cpu $(RUN) -m pytest -n 2 --dist loadfile -m "not slow"
 
-bench: install
-	$(RUN) bench/run.py
+bench: install $(PEERS)/.installed
+	$(RUN) bench/run.py --peers="$$(cat $(PEERS)/.installed)" --out=docs/benchmarks.md
 
 install: $(VENV)/.installed
 
@@ -34,6 +35,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
+
+# What it holds is the interpreter, or why there is none; the benchmarks say so and go on.
+$(PEERS)/.installed: bench/requirements.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r bench/requirements.txt 2> $(PEERS)/failure \
+	  && echo $(PEERS)/bin/python > $@ || tail -n 1 $(PEERS)/failure > $@
 
 clean:
 	rm -rf .venv-* .cache .pytest_cache

@@ -10,8 +10,8 @@ if sys.argv[1] in ALONE:
 
 import functools  # noqa: E402
 import json  # noqa: E402
-import math  # noqa: E402
 import re  # noqa: E402
+import statistics  # noqa: E402
 import time  # noqa: E402
 
 from flax import linen as nn  # noqa: E402
@@ -185,8 +185,8 @@ def priors() -> dict[str, dict[str, float]]:
   from latentgen.priors.critics import Critic
   from latentgen.priors.tilted import Tilted
 
-  n, shape, width, chunk, steps = 8, (8, 8, 20), 64, 50, 100
-  tilt, key = Tilted(Critic(16, 'AB'), 'z'), jax.random.key(0)
+  n, shape, width, chunk, steps = 2, (8, 8, 20), 64, 50, 100
+  tilt, key = Tilted(Critic(), 'z'), jax.random.key(0)  # the published critic: 64 channels, eight blocks
   context = jax.random.normal(key, (n, 8, 8, width))
   prior = Normal(jnp.zeros((n, *shape)), jnp.ones((n, *shape)))
   critic = jax.jit(lambda: tilt.critic.init(key, jnp.zeros((1, *shape)), context[:1])['params'])()
@@ -277,26 +277,28 @@ def loop(folder: str) -> dict[str, float]:
 
 
 def checkpoint(folder: str) -> dict[str, float]:
-  """Seconds that asynchronous saves of the NVAE's state add to steps, and of a step."""
+  """Seconds for which an asynchronous save of the NVAE's state blocks, that it adds to four steps in all, and of a step."""
   import pathlib
 
   from latentgen.train.checkpoint import Checkpoints
 
   step = program('nvae')[0].run()
   step()
-  store, timed = Checkpoints(pathlib.Path(folder).absolute(), keep=2), {False: [], True: []}
+  store, timed, blocked = Checkpoints(pathlib.Path(folder).absolute(), keep=2), {False: [], True: []}, []
   for i in range(8):
     start, saves = time.perf_counter(), i % 2 == 1
     state = step()
     if saves:
+      begun = time.perf_counter()
       store.save(i, state, None)
+      blocked.append(time.perf_counter() - begun)
     for _ in range(3):
       step()
     timed[saves].append(time.perf_counter() - start)
     store.wait()
   store.close()
-  plain, saved = (sorted(timed[k])[len(timed[k]) // 2] for k in (False, True))
-  return {'stall': saved - plain, 'step': plain / 4}
+  plain, saved = (statistics.median(timed[k]) for k in (False, True))
+  return {'blocked': statistics.median(blocked), 'added': saved - plain, 'step': plain / 4, 'arrays': len(jax.tree.leaves(state))}
 
 
 if __name__ == '__main__':
