@@ -14,12 +14,10 @@ LATENT = 16
 class Encoder(nn.Module):
   """Pythae's Encoder_Conv_VAE_MNIST."""
 
-  train: bool = False
-
   @nn.compact
-  def __call__(self, x: Array) -> tuple[Array, Array]:
+  def __call__(self, x: Array, train: bool = False) -> tuple[Array, Array]:
     for width in (128, 256, 512, 1024):
-      x = nn.relu(batch_norm(self.train)(Conv(width, 4, 2)(x)))
+      x = nn.relu(batch_norm(train)(Conv(width, 4, 2)(x)))
     x = x.reshape(x.shape[0], -1)
     return Dense(LATENT)(x), Dense(LATENT)(x)
 
@@ -27,26 +25,26 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
   """Pythae's Decoder_Conv_AE_MNIST, up to its sigmoid."""
 
-  train: bool = False
-
   @nn.compact
-  def __call__(self, z: Array) -> Array:
+  def __call__(self, z: Array, train: bool = False) -> Array:
     h = Dense(4 * 4 * 1024)(z).reshape(-1, 4, 4, 1024)
     for width, more in ((512, 0), (256, 1)):
-      h = nn.relu(batch_norm(self.train)(ConvTranspose(width, output_padding=more)(h)))
+      h = nn.relu(batch_norm(train)(ConvTranspose(width, output_padding=more)(h)))
     return ConvTranspose(1, output_padding=1)(h)
 
 
 class ConvVAE(nn.Module):
   """The convolutional VAE of Pythae's MNIST benchmark, 17 M parameters, as a `types.LatentNet`."""
 
-  @nn.compact
+  def setup(self) -> None:
+    self.encoder, self.decoder = Encoder(), Decoder()
+
   def infer(self, x: Array, k: int = 1, train: bool = False) -> Trace:
-    loc, log_variance = Encoder(train, name='encoder')(x)
+    loc, log_variance = self.encoder(x, train)
     q = jax.tree.map(lambda a: a[None].repeat(k, 0), Normal(loc, jax.numpy.exp(0.5 * log_variance)))
     z = q.sample(self.make_rng('sample'))
     prior = Normal(jax.numpy.zeros(z.shape), jax.numpy.ones(z.shape))
-    px = self._px(Decoder(train, name='decoder')(z.reshape(-1, LATENT)), z.shape[:2])
+    px = self.decode(z, train)
     return Trace(
       eps=(z[None],),
       z=(z[None],),
@@ -60,8 +58,9 @@ class ConvVAE(nn.Module):
       posterior=None,
     )
 
-  def _px(self, logits: Array, lead: tuple[int, ...]) -> Distribution:
-    return images.pixel_likelihood(logits.reshape(*lead, *logits.shape[1:]), 'bernoulli', 1, 8, 1)
+  def decode(self, z: Array, train: bool = False) -> Distribution:
+    logits = self.decoder(z.reshape(-1, LATENT), train)
+    return images.pixel_likelihood(logits.reshape(*z.shape[:-1], *logits.shape[1:]), 'bernoulli', 1, 8, 1)
 
 
 def mlp() -> vae.VAE:

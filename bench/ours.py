@@ -4,7 +4,7 @@ import sys
 
 import timing
 
-ALONE = ('step', 'likelihood', 'depthwise', 'layers', 'priors')
+ALONE = ('step', 'likelihood', 'depthwise', 'layers', 'layer_seconds', 'priors')
 if sys.argv[1] in ALONE:
   timing.one_thread()
 
@@ -24,7 +24,7 @@ import optax  # noqa: E402
 from latentgen.evaluate import likelihood as likelihoods  # noqa: E402
 from latentgen.methods import vae as vae_method  # noqa: E402
 from latentgen.nets import convolution, nvae  # noqa: E402
-from latentgen.nets.layers import Conv  # noqa: E402
+from latentgen.nets.layers import Conv, batch_norm  # noqa: E402
 from latentgen.train import keys, step as stepping  # noqa: E402
 from latentgen.types import Stage  # noqa: E402
 
@@ -84,13 +84,17 @@ def step(kind: str) -> dict[str, float]:
 
 
 def likelihood(kind: str) -> dict[str, float]:
-  """Image-samples a CPU second of the task's own function, K samples an image, 32 images in a batch."""
-  net, n, chunk = {'mlp': (networks.mlp, 32, 25), 'conv': (networks.ConvVAE, 4, 25)}[kind]
-  method, x = vae_method.build(net(), 1), images(n)
+  """Image-samples a CPU second of the task's own function, K samples an image; and those that its decoder alone would allow."""
+  net, n, chunk = {'mlp': (networks.mlp(), 32, 25), 'conv': (networks.ConvVAE(), 4, 25)}[kind]
+  method, x = vae_method.build(net, 1), images(n)
   variables = {'stats': {}, **jax.jit(method.init)(keys.root(0), {'image': x})}
   function = jax.jit(likelihoods.terms(method.trace, method.trace, timing.SAMPLES, chunk))
   seconds = timing.cpu_seconds(lambda: jax.block_until_ready(function(variables, x, keys.root(1))), warm=1, repeats=3)
-  return {'samples': n * timing.SAMPLES / seconds}
+  z = jax.random.normal(keys.root(2), (n * chunk, networks.LATENT))
+  model = jax.jit(lambda z: net.init({'params': keys.root(3), 'sample': keys.root(4)}, z, method='decode'))(z)
+  decode = jax.jit(lambda z: net.apply(model, z, method='decode').base.logits)
+  alone = timing.cpu_seconds(lambda: jax.block_until_ready(decode(z)), seconds=1.0)
+  return {'samples': n * timing.SAMPLES / seconds, 'decoder': n * chunk / alone}
 
 
 def depthwise(form: str) -> list[float]:
@@ -143,6 +147,44 @@ def layers(path: str) -> int:
   with open(path, 'w') as file:
     json.dump(list(found.values()), file)
   return len(found)
+
+
+def layer_seconds(path: str) -> dict[str, float]:
+  """As `layers` of peers.py: seconds of our layers, forward and backward, each compiled on its own, summed by kind."""
+  with open(path) as file:
+    wanted = json.load(file)
+  known, totals = {}, {}
+  for layer in wanted:
+    times, key = layer.pop('times'), json.dumps(layer)
+    if key not in known:
+      kind, shape = layer['kind'], layer['shape']
+      if kind == 'normalise':
+        module = Normalise()
+      else:
+        options = {'use_bias': layer['bias'], 'depthwise': kind == 'depthwise'}
+        module = Conv(layer['features'], layer['size'], layer['stride'], **options)
+      x = jax.random.normal(jax.random.key(0), shape)
+      variables = jax.jit(module.init)(jax.random.key(1), x)
+      forward = lambda p, x, v=variables, m=module: m.apply({**v, 'params': p}, x, mutable=['batch_stats'])[0]
+      g = jnp.ones(jax.eval_shape(forward, variables['params'], x).shape)
+
+      def both(params, x, g, forward=forward):
+        y, pull = jax.vjp(forward, params, x)
+        return y, pull(g)
+
+      function = jax.jit(both)
+      run = lambda f=function, a=(variables['params'], x, g): jax.block_until_ready(f(*a))
+      known[key] = timing.cpu_seconds(run, seconds=0.5)
+    totals[layer['kind']] = totals.get(layer['kind'], 0.0) + times * known[key]
+  return totals
+
+
+class Normalise(nn.Module):
+  """BatchNorm in training and Swish."""
+
+  @nn.compact
+  def __call__(self, x):
+    return nn.swish(batch_norm(True)(x))
 
 
 def stack(groups: int, **options) -> nvae.NVAE:
@@ -301,6 +343,56 @@ def checkpoint(folder: str) -> dict[str, float]:
   return {'blocked': statistics.median(blocked), 'added': saved - plain, 'step': plain / 4, 'arrays': len(jax.tree.leaves(state))}
 
 
+def devices() -> list[str]:
+  """Kinds of the devices that are no CPU."""
+  return [d.device_kind for d in jax.devices() if d.platform != 'cpu']
+
+
+def matmul_rate(dtype: str, side: int = 8192, count: int = 20) -> float:
+  """FLOPs a second of products of square matrices, one after the other."""
+  a = jax.random.normal(jax.random.key(0), (side, side), dtype) / side**0.5
+  chain = jax.jit(lambda a: jax.lax.fori_loop(0, count, lambda _, x: x @ a, a))
+  jax.block_until_ready(chain(a))
+  start = time.perf_counter()
+  jax.block_until_ready(chain(a))
+  return 2 * side**3 * count / (time.perf_counter() - start)
+
+
+def accelerator(spec: str, dtype: str, remat: str, steps: str = '20') -> dict[str, float]:
+  """The training step of an experiment's first stage on one device: images and FLOPs a second, bytes of temporaries.
+
+  FLOPs are those of convolutions and matrix products, without what rematerialisation does again.
+  """
+  import pathlib
+
+  from latentgen import assembly, config as configs
+  from latentgen.train import cost, sharding
+
+  _, config = configs.load(spec)
+  counts = {}
+  for again in (False, remat == 'True'):
+    configs.override(config, {'model.dtype': dtype, 'model.remat': str(again)})
+    run = assembly.build(config, pathlib.Path('unused'), sharding.make_mesh(1), shapes_only=True)
+    counts[again] = sum(cost.flops(cost.trace(run, run.recipe[0]).jaxpr.jaxpr).values())
+  stage, raw = run.recipe[0], jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), run.example())
+  function = jax.jit(stepping.make_step(stage, run.preprocess)[0], donate_argnums=(0, 1))
+  state = jax.jit(functools.partial(stepping.init_state, stage, run.preprocess))(keys.root(0), raw)
+  health, key = stepping.healthy(), keys.root(1)
+  compiled = function.lower(state, health, key, raw).compile()
+  for i in range(int(steps) + 3):
+    if i == 3:
+      jax.block_until_ready(state)
+      start = time.perf_counter()
+    state, health, _ = compiled(state, health, key, raw)
+  jax.block_until_ready(state)
+  rate = int(steps) / (time.perf_counter() - start)
+  temporaries = compiled.memory_analysis().temp_size_in_bytes
+  return {'images': rate * run.settings.batch_size, 'flops': rate * counts[False], 'bytes': temporaries, 'batch': run.settings.batch_size}
+
+
 if __name__ == '__main__':
-  rows = (step, likelihood, depthwise, layers, compile_seconds, memory, likelihood_bytes, priors, pipeline, loop, checkpoint)
+  rows = (
+    devices, matmul_rate, accelerator, step, likelihood, depthwise, layers, layer_seconds, compile_seconds, memory, likelihood_bytes, priors,
+    pipeline, loop, checkpoint,
+  )  # fmt: skip
   timing.answer({row.__name__: row for row in rows})
