@@ -1,6 +1,6 @@
 """make bench: measures every row and writes docs/benchmarks.md. Ratios to a peer are medians over alternating processes.
 
-usage: run.py [--peers=PYTHON] [--out=FILE] [ROW ...]
+usage: run.py [--peers=PYTHON] [--out=FILE] [--rounds=N] [ROW ...]
 """
 
 import argparse
@@ -22,7 +22,6 @@ import timing
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parent
-ROUNDS = 3
 
 
 class Failed(Exception):
@@ -32,8 +31,8 @@ class Failed(Exception):
 class Bench:
   """Runs measurements in processes of their own; `peers` is the interpreter of the peers' environment, or why there is none."""
 
-  def __init__(self, peers: str, folder: pathlib.Path):
-    self._peers, self.folder = peers, folder
+  def __init__(self, peers: str, folder: pathlib.Path, rounds: int):
+    self._peers, self.folder, self.rounds = peers, folder, rounds
 
   def ours(self, *arguments: Any, cache: bool = False) -> Any:
     return self._run(sys.executable, 'ours.py', arguments, cache)
@@ -55,7 +54,7 @@ class Bench:
 
   def against(self, unit: str, ours: tuple[Any, ...], theirs: tuple[Any, ...], digits: int = 0) -> tuple[str, float]:
     """(figures, ratio) of rates in turns."""
-    pairs = [(self.ours(*ours)[unit], self.theirs(*theirs)[unit]) for _ in range(ROUNDS)]
+    pairs = [(self.ours(*ours)[unit], self.theirs(*theirs)[unit]) for _ in range(self.rounds)]
     mine, other = (statistics.median(column) for column in zip(*pairs, strict=True))
     ratio = statistics.median(a / b for a, b in pairs)
     return f'{mine:,.{digits}f} / {other:,.{digits}f} = **{ratio:.2f}**', ratio
@@ -77,7 +76,7 @@ def conv_step(bench: Bench) -> Row:
 def nvae_step(bench: Bench) -> list[Row]:
   path = bench.folder / 'layers.json'
   count, pairs, kinds = bench.ours('layers', path), [], {}
-  for _ in range(ROUNDS):
+  for _ in range(bench.rounds):
     kinds = bench.theirs('layers', path)
     pairs.append((bench.ours('step', 'nvae')['images'], 32 / sum(kinds.values())))
   mine, other = (statistics.median(column) for column in zip(*pairs, strict=True))
@@ -110,7 +109,7 @@ def depthwise(bench: Bench) -> Row:
 
 
 def compilation(bench: Bench) -> Row:
-  seconds = {g: statistics.median(bench.ours('compile_seconds', g) for _ in range(ROUNDS)) for g in (4, 8, 16, 32)}
+  seconds = {g: statistics.median(bench.ours('compile_seconds', g) for _ in range(bench.rounds)) for g in (4, 8, 16, 32)}
   each = ', '.join(f'{g}: {s:.1f} s' for g, s in seconds.items())
   return 'compile time of the train step by groups at one resolution, 32 / 4', f'{each}; **{seconds[32] / seconds[4]:.2f}**', '< 1.5'
 
@@ -161,7 +160,7 @@ def priors(bench: Bench) -> list[Row]:
 
 
 def pipeline(bench: Bench) -> Row:
-  images = statistics.median(bench.ours('pipeline') for _ in range(ROUNDS))
+  images = statistics.median(bench.ours('pipeline') for _ in range(bench.rounds))
   eaten = bench.ours('step', 'mlp')['images']
   what = 'input pipeline: images a second, shuffled and batched, 28x28 in memory / what the fastest step here eats'
   return what, f'{images:,.0f} / {eaten:,.0f} = **{images / eaten:.0f}**', '> 5'
@@ -169,7 +168,7 @@ def pipeline(bench: Bench) -> Row:
 
 def loop(bench: Bench) -> Row:
   found = []
-  for i in range(ROUNDS):
+  for i in range(bench.rounds):
     found.append(bench.ours('loop', bench.folder / f'loop{i}'))
   whole, bare = (statistics.median(f[key] for f in found) for key in ('loop', 'step'))
   over = statistics.median(f['loop'] / f['step'] - 1 for f in found)
@@ -187,7 +186,7 @@ def checkpoint(bench: Bench) -> Row:
 def startup(bench: Bench) -> Row:
   """Seconds from the command to the first step that is logged, compilation cache warm."""
   seconds = []
-  for i in range(ROUNDS + 1):
+  for i in range(bench.rounds + 1):
     workdir = bench.folder / f'start{i}'
     env = {**os.environ, 'PYTHONPATH': str(ROOT / 'src'), 'JAX_COMPILATION_CACHE_DIR': str(bench.folder / 'cache')}
     command = [sys.executable, '-m', 'latentgen.main', '--config=experiments/nvae_nce.py:smoke', f'--workdir={workdir}']
@@ -244,7 +243,7 @@ def conditions(bench: Bench) -> str:
   at_hand = bench.ours('devices')
   return (
     f'{when}, {processor()}, {os.cpu_count()} cores; Python {platform.python_version()}, jax {importlib.metadata.version("jax")}; {peers}. '
-    f'Rates per CPU second are of one thread; medians of {ROUNDS} rounds, ours and the peer in turns. '
+    f'Rates per CPU second are of one thread; medians of {bench.rounds} rounds, ours and the peer in turns. '
     f'Accelerator: {", ".join(at_hand) or "none at hand, so nothing below was measured on one"}.'
   )
 
@@ -253,10 +252,11 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--peers', default='none was asked for', help="interpreter of the peers' environment")
   parser.add_argument('--out', help='file to write; default: print only')
+  parser.add_argument('--rounds', type=int, default=3, help='repeats, of which medians are taken')
   parser.add_argument('rows', nargs='*', choices=[[], *(row.__name__ for row in ROWS)], help='default: all')
   flags = parser.parse_args()
   with tempfile.TemporaryDirectory() as folder:
-    bench = Bench(flags.peers, pathlib.Path(folder))
+    bench = Bench(flags.peers, pathlib.Path(folder), flags.rounds)
     lines = ['# Benchmarks', '', 'Printed by `make bench`.', '', conditions(bench), '', '| what | figure | target |', '| --- | --- | --- |']
     print('\n'.join(lines), flush=True)
     for row in ROWS:
