@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from latentgen.nets import convolution
+from latentgen.nets.layers import ConvTranspose
 
 CASES = [
   (size, kernel, stride)
@@ -70,6 +71,15 @@ def test_transposed(implementation, kernel, stride, padding, output_padding):
   np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
   weights = jnp.cos(jnp.arange(got.size, dtype=jnp.float32)).reshape(got.shape)
   np.testing.assert_allclose(jax.grad(lambda x: (ours(x, w) * weights).sum())(x), convolved(weights), rtol=1e-5, atol=1e-5)
+
+
+def test_transposed_layer_doubles_the_map_as_pytorch_does():
+  x = jax.random.normal(jax.random.key(0), (2, 4, 4, 3))
+  for more, side in ((0, 7), (1, 8)):  # (4 - 1) 2 - 2 + 3 + output_padding
+    y, variables = ConvTranspose(5, output_padding=more).init_with_output(jax.random.key(1), x)
+    assert y.shape == (2, side, side, 5)
+    kernel, bias = variables['params']['kernel'], variables['params']['bias']
+    np.testing.assert_allclose(y[:, 0, 0], x[:, 0, 0] @ kernel[1, 1] + bias, rtol=1e-5, atol=1e-5)  # one window alone reaches it
 
 
 @pytest.mark.parametrize(('size', 'kernel'), [((6, 6), 5), ((7, 5), 3), ((2, 3), 5), ((1, 1), 5)])

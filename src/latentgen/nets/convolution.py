@@ -113,9 +113,8 @@ def transposed(x: Array, kernel: Array, stride: int, crop: tuple[int, int]) -> A
   Returns:
     [n, h', w', o] with h' = (h - 1) stride + k - sum(crop).
   """
-  kh, kw, inputs, outputs = kernel.shape
   if not _custom():
-    around = [(k - 1 - crop[0], k - 1 - crop[1]) for k in (kh, kw)]
+    around = [(k - 1 - crop[0], k - 1 - crop[1]) for k in kernel.shape[:2]]
     return _conv(x, jnp.flip(kernel, (0, 1)), 1, around, lhs_dilation=(stride,) * 2)
   return _spread(x, kernel, stride, crop)
 
