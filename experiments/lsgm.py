@@ -16,7 +16,7 @@ paper's third stage, a new prior on the frozen VAE, is :two_stage with prior.wei
 
 Measured by the command above, seed 0, negative bounds in nats a digit. On the 250 validation digits (metrics.jsonl, by the
 cross-entropy) the VAE with N(0, I) has 83.58 before stage 2; after it the whole has 82.07, and 83.56 with N(0, I) in place
-of the prior (same encoder and decoder). On the 250 test digits, by the probability-flow ODE: 82.49, standard error 0.68.
+of the prior (same encoder and decoder). On the 250 test digits, by the probability-flow ODE: 82.47, standard error 0.68.
 
 Deviations from the paper or its published code (paper / here / why):
   groups have N(0, I) for a prior and z = Conv(eps) / the NVAE of nvae.py, whose noise coordinates eps = (z - loc) / scale have
