@@ -24,42 +24,53 @@ def flags(kills: int) -> list[str]:
 
 
 def start(workdir: pathlib.Path, kills: int) -> subprocess.Popen:
+  """The command; what it says goes to a file beside the work directory."""
   env = {**os.environ, 'PYTHONPATH': str(ROOT / 'src')}
   command = [sys.executable, '-m', 'latentgen.main', *flags(kills), f'--workdir={workdir}']
-  return subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+  workdir.parent.mkdir(parents=True, exist_ok=True)
+  with said(workdir).open('w') as file:
+    return subprocess.Popen(command, cwd=ROOT, env=env, stderr=file)
+
+
+def said(workdir: pathlib.Path) -> pathlib.Path:
+  return workdir.with_suffix('.log')
 
 
 def finish(workdir: pathlib.Path, kills: int) -> float:
   """Seconds that the command takes to its end."""
-  begun, process = time.monotonic(), start(workdir, kills)
-  _, error = process.communicate(timeout=1200)
-  if process.returncode:
-    raise RuntimeError(f'status {process.returncode}: {error[-2000:]}')
+  begun = time.monotonic()
+  if status := start(workdir, kills).wait(timeout=1200):
+    raise RuntimeError(f'status {status}: {said(workdir).read_text()[-2000:]}')
   return time.monotonic() - begun
 
 
-def disturbed(workdir: pathlib.Path, kills: int, idle: float, training: float, draw: random.Random) -> int:
-  """Kills the command up to so many times, then lets it end; the number of kills.
+def disturbed(workdir: pathlib.Path, kills: int, idle: float, written: int, draw: random.Random) -> int:
+  """Kills the command so many times, then lets it end; the number of kills.
 
   Args:
     workdir: of the run.
-    kills: at most.
-    idle: seconds that the command takes beside training; a fifth of the kills come within them.
-    training: seconds that training takes; the other kills come after some of it, so that they spread over most of the run.
+    kills: how many.
+    idle: seconds that the command takes beside training; a fifth of the kills come within them, whatever has been reached.
+    written: lines of metrics that the whole run writes; the other kills come some time after a random number of new ones, so that
+      they spread over the run however fast the machine is.
     draw: of the instants.
   """
+  metrics = workdir / 'metrics.jsonl'
+  lines = lambda: metrics.read_bytes().count(b'\n') if metrics.exists() else 0
   for done in range(kills):
-    process = start(workdir, kills)
-    instant = draw.uniform(0.0, idle) if draw.random() < 0.2 else idle + draw.uniform(0.0, 1.6 * training / kills)
-    try:
-      _, error = process.communicate(timeout=instant)
-    except subprocess.TimeoutExpired:
-      process.send_signal(signal.SIGKILL)
-      process.communicate()
-      continue
-    if process.returncode:
-      raise RuntimeError(f'status {process.returncode} after {done} kills: {error[-2000:]}')
-    return done
+    early = draw.random() < 0.2
+    more = 0 if early else draw.randint(0, max(1, (written - lines()) // (kills - done) - 1))
+    process, wanted = start(workdir, kills), lines() + more
+    deadline = time.monotonic() + draw.uniform(0.0, idle)
+    while process.poll() is None and (time.monotonic() < deadline if early else lines() <= wanted):
+      time.sleep(0.002)
+    if not early:
+      time.sleep(draw.uniform(0.0, 0.05))
+    process.send_signal(signal.SIGKILL)
+    if (status := process.wait()) != -signal.SIGKILL:
+      if status:
+        raise RuntimeError(f'status {status} after {done} kills: {said(workdir).read_text()[-2000:]}')
+      return done
   finish(workdir, kills)
   return kills
 
@@ -90,8 +101,8 @@ def main(folder: str, kills: int = 50, seed: int = 0) -> dict[str, int]:
   whole, broken = pathlib.Path(folder) / 'whole', pathlib.Path(folder) / 'broken'
   finish(whole, kills)
   idle = finish(whole, kills)  # nothing is left to train, and compiled programs are cached
-  training = finish(pathlib.Path(folder) / 'timed', kills) - idle
-  done = disturbed(broken, kills, idle, training, random.Random(seed))
+  written = len((whole / 'metrics.jsonl').read_bytes().splitlines())
+  done = disturbed(broken, kills, idle, written, random.Random(seed))
   one, two = outcome(whole, kills), outcome(broken, kills)
   rows = [json.loads(line) for line in two['metrics.jsonl'].splitlines()]
   places = [(r['stage'], r['split'], r['step']) for r in rows]

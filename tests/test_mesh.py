@@ -16,8 +16,8 @@ pytestmark = pytest.mark.slow
 
 
 def start(workdir, data, fsdp, *dies, **env):
-  # NPROC: threads of a process; with fewer than its devices need, collectives that wait for one another never end.
-  env = environment(PYTHONPATH=str(HERE.parent / 'src'), NPROC='16', **env)
+  # NPROC: threads of a process. Collectives that wait for one another hold one each, for every device; too few never end.
+  env = environment(PYTHONPATH=str(HERE.parent / 'src'), NPROC='256', **env)
   command = [sys.executable, str(HERE / 'devices.py'), *map(str, (workdir, data, fsdp, *dies))]
   return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
