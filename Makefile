@@ -1,6 +1,7 @@
 # make demo    environment, install, and the main job on the embedded data: a report in minutes
 # make test    environment, install, all tests
-# make bench   the benchmark tables of docs/benchmarks.md, against Pythae and torch in an environment of their own
+# make bench   the benchmark tables of docs/benchmarks.md, against Pythae and torch in an environment of their own;
+#              ROUNDS=3 repeats each measurement in turns and takes medians
 #
 # PYTHON picks the interpreter (3.11 or newer); each has an environment of its own.
 
@@ -9,6 +10,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 VENV ?= .venv-$(VERSION)
 RUN := $(VENV)/bin/python
 PEERS ?= .venv-peers-$(VERSION)
+ROUNDS ?= 1
 CONFIG ?= experiments/nvae_nce.py
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/xla-$(VERSION)
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS = 0
@@ -26,7 +28,7 @@ test-fast: install
 	JAX_PLATFORMS=cpu $(RUN) -m pytest -n 2 --dist loadfile -m "not slow"
 
 bench: install $(PEERS)/.installed
-	$(RUN) bench/run.py --peers="$$(cat $(PEERS)/.installed)" --out=docs/benchmarks.md
+	$(RUN) bench/run.py --peers="$$(cat $(PEERS)/.installed)" --rounds=$(ROUNDS) --out=docs/benchmarks.md
 
 install: $(VENV)/.installed
 

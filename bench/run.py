@@ -1,4 +1,4 @@
-"""make bench: measures every row and writes docs/benchmarks.md. Ratios to a peer are medians over alternating processes.
+"""make bench: measures every row and writes docs/benchmarks.md. Ratios to a peer are medians over rounds in turns.
 
 usage: run.py [--peers=PYTHON] [--out=FILE] [--rounds=N] [ROW ...]
 """
@@ -257,7 +257,7 @@ def main() -> None:
   flags = parser.parse_args()
   with tempfile.TemporaryDirectory() as folder:
     bench = Bench(flags.peers, pathlib.Path(folder), flags.rounds)
-    lines = ['# Benchmarks', '', 'Printed by `make bench`.', '', conditions(bench), '', '| what | figure | target |', '| --- | --- | --- |']
+    lines = ['# Benchmarks', '', f'Printed by `make bench ROUNDS={flags.rounds}`.', '', conditions(bench), '', '| what | figure | target |', '| --- | --- | --- |']
     print('\n'.join(lines), flush=True)
     for row in ROWS:
       if flags.rows and row.__name__ not in flags.rows:

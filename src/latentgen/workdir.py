@@ -14,8 +14,8 @@ from typing import Any
 import jax
 
 from latentgen.config import File
-from latentgen.sections import flatten
 from latentgen.errors import UserError
+from latentgen.sections import flatten
 
 PACKAGES = ('latentgen', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy', 'ml-collections')
 FREE = ('evaluate.', 'paper.', 'train.log_every_steps', 'train.keep_', 'mesh.', 'debug.')  # what may differ when a run is resumed
