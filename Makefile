@@ -28,7 +28,7 @@ test-fast: install
 	JAX_PLATFORMS=cpu $(RUN) -m pytest -n 2 --dist loadfile -m "not slow"
 
 bench: install $(PEERS)/.installed
-	$(RUN) bench/run.py --peers="$$(cat $(PEERS)/.installed)" --rounds=$(ROUNDS) --out=docs/benchmarks.md
+	$(RUN) bench/run.py --peers="$$(cat $(PEERS)/.installed 2>/dev/null || tail -n 1 $(PEERS)/failure)" --rounds=$(ROUNDS) --out=docs/benchmarks.md
 
 install: $(VENV)/.installed
 
@@ -38,11 +38,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-# What it holds is the interpreter, or why there is none; the benchmarks say so and go on.
+# What it holds is the interpreter. Without it the benchmarks say what failed and go on; the next run tries again.
 $(PEERS)/.installed: bench/requirements.txt
 	$(PYTHON) -m venv $(PEERS)
-	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r bench/requirements.txt 2> $(PEERS)/failure \
-	  && echo $(PEERS)/bin/python > $@ || tail -n 1 $(PEERS)/failure > $@
+	-$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r bench/requirements.txt 2> $(PEERS)/failure \
+	  && echo $(PEERS)/bin/python > $@
 
 clean:
 	rm -rf .venv-* .cache .pytest_cache

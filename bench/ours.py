@@ -1,9 +1,11 @@
 """This framework, one row at a time: python bench/ours.py ROW; prints JSON. Rows against a peer run on one thread."""
 
 import sys
+import time
 
 import timing
 
+STARTED = time.perf_counter()
 ALONE = ('step', 'likelihood', 'depthwise', 'layers', 'layer_seconds', 'priors')
 if sys.argv[1] in ALONE:
   timing.one_thread()
@@ -12,7 +14,6 @@ import functools  # noqa: E402
 import json  # noqa: E402
 import re  # noqa: E402
 import statistics  # noqa: E402
-import time  # noqa: E402
 
 from flax import linen as nn  # noqa: E402
 import jax  # noqa: E402
@@ -25,7 +26,7 @@ from latentgen.evaluate import likelihood as likelihoods  # noqa: E402
 from latentgen.methods import vae as vae_method  # noqa: E402
 from latentgen.nets import convolution, nvae  # noqa: E402
 from latentgen.nets.layers import Conv, batch_norm  # noqa: E402
-from latentgen.train import keys, step as stepping  # noqa: E402
+from latentgen.train import cost, keys, step as stepping  # noqa: E402
 from latentgen.types import Stage  # noqa: E402
 
 NVAE = {'balance': True, 'warmup_portion': 0.3, 'spectral': (1e-2, 1e-2)}
@@ -84,17 +85,18 @@ def step(kind: str) -> dict[str, float]:
 
 
 def likelihood(kind: str) -> dict[str, float]:
-  """Image-samples a CPU second of the task's own function, K samples an image; and those that its decoder alone would allow."""
+  """Image-samples a CPU second of the task's own function, K samples an image; and those that its decoder's FLOPs would allow."""
   net, n, chunk = {'mlp': (networks.mlp(), 32, 25), 'conv': (networks.ConvVAE(), 4, 25)}[kind]
   method, x = vae_method.build(net, 1), images(n)
   variables = {'stats': {}, **jax.jit(method.init)(keys.root(0), {'image': x})}
   function = jax.jit(likelihoods.terms(method.trace, method.trace, timing.SAMPLES, chunk))
   seconds = timing.cpu_seconds(lambda: jax.block_until_ready(function(variables, x, keys.root(1))), warm=1, repeats=3)
-  z = jax.random.normal(keys.root(2), (n * chunk, networks.LATENT))
-  model = jax.jit(lambda z: net.init({'params': keys.root(3), 'sample': keys.root(4)}, z, method='decode'))(z)
-  decode = jax.jit(lambda z: net.apply(model, z, method='decode').base.logits)
-  alone = timing.cpu_seconds(lambda: jax.block_until_ready(decode(z)), seconds=1.0)
-  return {'samples': n * timing.SAMPLES / seconds, 'decoder': n * chunk / alone}
+  z = jax.ShapeDtypeStruct((1, networks.LATENT), jnp.float32)
+  decode = lambda z: net.init_with_output({'params': keys.root(3), 'sample': keys.root(4)}, z, method='decode')[0].base.logits
+  flops = sum(cost.flops(jax.make_jaxpr(decode)(z).jaxpr).values())
+  square, product = jax.random.normal(keys.root(2), (2048, 2048)), jax.jit(jnp.matmul)
+  rate = 2 * 2048**3 / timing.cpu_seconds(lambda: jax.block_until_ready(product(square, square)))
+  return {'samples': n * timing.SAMPLES / seconds, 'bound': rate / flops, 'flops': flops, 'rate': rate}
 
 
 def depthwise(form: str) -> list[float]:
@@ -343,6 +345,37 @@ def checkpoint(folder: str) -> dict[str, float]:
   return {'blocked': statistics.median(blocked), 'added': saved - plain, 'step': plain / 4, 'arrays': len(jax.tree.leaves(state))}
 
 
+def start(folder: str) -> dict[str, float]:
+  """Where the seconds to the first logged step go: JAX's own account of tracing and of compiled programs that it reads."""
+  from latentgen import main
+  from latentgen.train.writers import Metrics
+
+  names = {
+    '/jax/core/compile/jaxpr_trace_duration': 'tracing',
+    '/jax/core/compile/jaxpr_to_mlir_module_duration': 'lowering',
+    '/jax/compilation_cache/cache_retrieval_time_sec': 'reading compiled programs',
+  }
+  parts = {'imports': time.perf_counter() - STARTED, **dict.fromkeys(names.values(), 0.0)}
+
+  def listen(event: str, seconds: float, **kwargs) -> None:
+    if event in names:
+      parts[names[event]] += seconds
+
+  class Reached(Exception):
+    pass
+
+  def stop(*args, **kwargs):
+    raise Reached
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  Metrics.write = stop
+  try:
+    main.main([*timing.START, f'--workdir={folder}'])
+  except Reached:
+    return parts
+  raise RuntimeError('the smoke configuration logs nothing')
+
+
 def devices() -> list[str]:
   """Kinds of the devices that are no CPU."""
   return [d.device_kind for d in jax.devices() if d.platform != 'cpu']
@@ -366,7 +399,7 @@ def accelerator(spec: str, dtype: str, remat: str, steps: str = '20') -> dict[st
   import pathlib
 
   from latentgen import assembly, config as configs
-  from latentgen.train import cost, sharding
+  from latentgen.train import sharding
 
   _, config = configs.load(spec)
   counts = {}
@@ -393,6 +426,6 @@ def accelerator(spec: str, dtype: str, remat: str, steps: str = '20') -> dict[st
 if __name__ == '__main__':
   rows = (
     devices, matmul_rate, accelerator, step, likelihood, depthwise, layers, layer_seconds, compile_seconds, memory, likelihood_bytes, priors,
-    pipeline, loop, checkpoint,
+    pipeline, loop, checkpoint, start,
   )  # fmt: skip
   timing.answer({row.__name__: row for row in rows})

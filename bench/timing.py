@@ -14,6 +14,7 @@ DEPTHWISE = ((32, 8, 8, 768), (32, 8, 8, 384), (32, 16, 16, 192), (32, 32, 32, 9
 KERNEL = 5
 SAMPLES = 1000  # K of likelihoods
 LEARNING_RATE = 1e-3
+START = ('--config=experiments/nvae_nce.py:smoke', '--config.train.log_every_steps=1')
 
 
 def one_thread() -> None:

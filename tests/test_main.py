@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from latentgen import main as command
+from latentgen import config as configs, main as command, sections
 from latentgen.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -98,6 +98,15 @@ def test_broken_config_file_says_what_is_broken(tmp_path):
     (tmp_path / 'broken.py').write_text(text)
     with pytest.raises(UserError, match=message):
       command.main([f'--config={tmp_path / "broken.py"}'])
+
+
+@pytest.mark.parametrize('section, key', [('debug', 'nan_chek'), ('mesh', 'dta')])
+def test_keys_that_a_file_misspells(section, key):
+  _, config = configs.load(NCE)
+  with config.unlocked():
+    config[section] = {key: True}
+  with pytest.raises(UserError, match=f'config.{section}.{key} does not exist; did you mean'):
+    sections.check(config)
 
 
 def test_damaged_idx_files_and_empty_folders(tmp_path):
@@ -284,7 +293,7 @@ def test_killed_run_ends_like_an_undisturbed_one_to_the_bit(tmp_path, stage):
 
 
 def test_native_convolutions_can_be_asked_for():
-  from latentgen import assembly, config as configs
+  from latentgen import assembly
   from latentgen.nets import convolution
 
   _, config = configs.load(str(ROOT / 'experiments' / 'vae_nce.py') + ':smoke')

@@ -143,6 +143,31 @@ def test_ema_per_group_and_hand_over_of_the_average(tmp_path):
   assert given['b'] == loop.load_variables(run, first)['params']['b']
 
 
+@dataclasses.dataclass(frozen=True)
+class Wide(Toy):
+  """Toy with a vector for `a`."""
+
+  def init(self, key, batch):
+    found = super().init(key, batch)
+    return {**found, 'params': {**found['params'], 'a': jnp.ones(3)}}
+
+
+@pytest.mark.parametrize(
+  'groups, method, message',
+  [
+    (('b',), Toy, r"load\.a: stage 'first' has no such group; it has \['b'\]"),
+    (('a', 'b'), Wide, r'load\.a: the shapes of the earlier stage differ'),
+  ],
+)
+def test_hand_over_that_cannot_work_is_refused_before_the_first_stage(tmp_path, groups, method, message):
+  first = stage((quadratic('u', groups, lambda p: 0.0),), groups=groups)
+  update = quadratic('ub', ('b',), lambda p: 0.0)
+  second = stage((update,), name='second', method=method((update,)), load={'a': 'first'})
+  with pytest.raises(UserError, match=message):
+    loop.train(make_run(tmp_path / 'run', first, second))
+  assert not list((tmp_path / 'run').iterdir())
+
+
 def test_fit_stage_gets_all_training_data_and_hands_on(tmp_path):
   def fit(variables, batches, key):
     count = sum(batch['image'].shape[0] for batch in batches)

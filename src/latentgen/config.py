@@ -17,12 +17,10 @@ import warnings
 from ml_collections import ConfigDict
 
 from latentgen.errors import UserError, near, one_line
-from latentgen.sections import flatten, plain
+from latentgen.sections import DEBUG, flatten, plain
 
 OPEN = ('data', 'model', 'train', 'evaluate.*', 'stages.*.method', 'stages.*.method.prior', 'stages.*.optim.*')
 # sections whose options belong to what they configure, which checks them itself
-
-DEBUG = {'nan_check': False, 'native_convolutions': False}  # what `config.debug` holds, and its defaults
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ import pathlib
 import sys
 from typing import Any, NoReturn
 
+from latentgen import hugepages
 from latentgen.errors import Preempted, SaveFailed, TrainingDiverged, UserError, did_you_mean
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -216,4 +217,5 @@ def _leave(status: int, message: Any) -> NoReturn:
 
 
 if __name__ == '__main__':
+  hugepages.restart()
   cli()

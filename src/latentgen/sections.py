@@ -11,6 +11,9 @@ from latentgen.errors import UserError, near
 
 TOP_LEVEL = ('data', 'model', 'recipe', 'stages', 'evaluate', 'mesh', 'train', 'debug', 'seed', 'paper', 'image_shape')
 
+DEBUG = {'nan_check': False, 'native_convolutions': False}  # what `config.debug` holds, and its defaults
+MESH = ('data', 'fsdp', 'rules', 'min_shard_size')
+
 LARGEST = 2**24  # whole number in the options of a network, a method or a task
 
 
@@ -58,8 +61,10 @@ def check(config: Any) -> None:
   for name, options in _section('evaluate', config.get('evaluate', {})).items():
     if name != 'tasks':
       _section(f'evaluate.{name}', options)
-  for key in ('mesh', 'train', 'debug'):
-    _section(key, config.get(key, {}))
+  for key, known in (('mesh', MESH), ('train', None), ('debug', DEBUG)):  # what trains checks `train`
+    for name in _section(key, config.get(key, {})):
+      if known and name not in known:
+        raise UserError(f'config.{key}.{name} does not exist{near(name, known)}')
   for key, names in (('recipe', config['recipe']), ('evaluate.tasks', config.get('evaluate', {}).get('tasks', ()))):
     if not isinstance(names, tuple) or not all(isinstance(n, str) for n in names):
       raise UserError(f'config.{key} is {names!r}, need a tuple of names')

@@ -4,7 +4,6 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-import scipy.stats
 
 
 class Estimate(NamedTuple):
@@ -28,11 +27,13 @@ def auroc(positive: np.ndarray, negative: np.ndarray) -> Estimate:
     E. DeLong, D. DeLong, D. Clarke-Pearson, Comparing the areas under two or more correlated receiver operating
     characteristic curves, 1988. N. Obuchowski, Nonparametric analysis of clustered ROC curve data, 1997.
   """
+  from scipy.stats import rankdata  # half a second, which training need not wait for
+
   positive, negative = np.asarray(positive, np.float64), np.asarray(negative, np.float64)
   flat = positive.reshape(-1)
-  ranks = scipy.stats.rankdata(np.concatenate([flat, negative]))
-  below = (ranks[: flat.size] - scipy.stats.rankdata(flat)) / negative.size  # share of negatives below each positive
-  above = 1 - (ranks[flat.size :] - scipy.stats.rankdata(negative)) / flat.size  # share of positives above a negative
+  ranks = rankdata(np.concatenate([flat, negative]))
+  below = (ranks[: flat.size] - rankdata(flat)) / negative.size  # share of negatives below each positive
+  above = 1 - (ranks[flat.size :] - rankdata(negative)) / flat.size  # share of positives above a negative
   rows = below.reshape(positive.shape).mean(1)
   return Estimate(float(rows.mean()), math.sqrt(_squared_error(rows) + _squared_error(above)))
 

@@ -96,23 +96,9 @@ def duration(seconds: float) -> str:
   return f'{seconds / size:.3g} {unit}'
 
 
-def step_arguments(run: loop.Run, stage: Stage) -> tuple[Any, ...]:
-  """Shapes with shardings of everything that a training step takes."""
-  state = run.abstract(stage)
-  whole = sharding.replicated(run.mesh)
-  place = lambda tree, s: jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree)
-  health = place(jax.eval_shape(stepping.healthy), whole)
-  key = place(jax.eval_shape(lambda: jax.random.key(0)), whole)
-  return state, health, key, place(run.example(), sharding.batch_sharding(run.mesh))
-
-
 def trace(run: loop.Run, stage: Stage) -> jax.stages.Traced:
   """The training step as the loop compiles it."""
-  state, *rest = step_arguments(run, stage)
-  function, _ = stepping.make_step(stage, run.preprocess, run.settings.accumulate, gather=sharding.gather(run.mesh))
-  whole = sharding.replicated(run.mesh)
-  out = (jax.tree.map(lambda a: a.sharding, state), whole, whole)
-  return jax.jit(function, donate_argnums=(0, 1), out_shardings=out).trace(state, *rest)
+  return loop.build_step(run, stage)[0].trace(*loop.step_arguments(run, stage))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +142,7 @@ class Cost:
 
 def measure(run: loop.Run, stage: Stage) -> Cost:
   """Compiles the step for the mesh of `run`, on which nothing is run. A stage in closed form has no step."""
-  state, *rest = step_arguments(run, stage)
+  state, *rest = loop.step_arguments(run, stage)
   memory = {label: bytes_per_device(getattr(state, name)) for name, label in KINDS.items()}
   count, moved = Counter(), ()
   platform = run.mesh.devices.flat[0].platform

@@ -1,9 +1,11 @@
 """The one training loop: runs the stages of a recipe in order, resumes by itself, hands parameters on."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
 import dataclasses
 import functools
 import pathlib
+import threading
 from typing import Any
 
 import jax
@@ -75,9 +77,9 @@ class Run:
     )
 
   def example(self) -> Any:
-    """The shapes of a raw batch, as one step sees it."""
-    rows = self.data['train'].take(np.zeros(1, np.int64))
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((self.settings.batch_size, *x.shape[1:]), x.dtype), rows)
+    """The shapes of a raw batch, as one step sees it, with their sharding."""
+    rows, split = self.data['train'].take(np.zeros(1, np.int64)), sharding.batch_sharding(self.mesh)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((self.settings.batch_size, *x.shape[1:]), x.dtype, sharding=split), rows)
 
   @functools.cached_property
   def _abstract(self) -> dict[str, TrainState]:
@@ -89,9 +91,17 @@ class Run:
       self._abstract[stage.name] = self._shapes(stage)
     return self._abstract[stage.name]
 
+  @functools.cached_property
+  def _initialisers(self) -> dict[str, Callable[..., TrainState]]:
+    return {}
+
+  def initialiser(self, stage: Stage) -> Callable[..., TrainState]:
+    """(key, raw batch) -> the first state of a stage; always the same function, so that it is traced only once."""
+    return self._initialisers.setdefault(stage.name, jax.jit(functools.partial(stepping.init_state, stage, self.preprocess)))
+
   def _shapes(self, stage: Stage) -> TrainState:
-    build, raw = functools.partial(stepping.init_state, stage, self.preprocess), self.example()
-    shapes = jax.eval_shape(build, self.root, raw)
+    raw = self.example()
+    shapes = jax.eval_shape(self.initialiser(stage), self.root, raw)
     if stage.best:
       mask = jax.ShapeDtypeStruct((self.settings.batch_size,), bool)
       validate, variables = stepping.make_validation(stage, self.preprocess), stepping.evaluation_variables(shapes)
@@ -100,6 +110,23 @@ class Run:
         raise UserError(f'config.stages.{stage.name}.best is no validation metric of the stage{near(stage.best, scores)}')
     placed = sharding.shardings(shapes, self.mesh, self.settings.rules, self.settings.min_shard_size)
     return jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placed)
+
+
+def build_step(run: Run, stage: Stage) -> tuple[Any, Callable[..., Any], list[str]]:
+  """The training step as the loop compiles it, as plain function, and the terms that it reports (see `make_step`)."""
+  settings, whole = run.settings, sharding.replicated(run.mesh)
+  skip = settings.nonfinite == 'skip'
+  function, terms = stepping.make_step(stage, run.preprocess, settings.accumulate, skip, sharding.gather(run.mesh))
+  out = (jax.tree.map(lambda a: a.sharding, run.abstract(stage)), whole, whole)
+  return jax.jit(function, donate_argnums=() if settings.nan_check else (0, 1), out_shardings=out), function, terms
+
+
+def step_arguments(run: Run, stage: Stage) -> tuple[Any, ...]:
+  """Shapes with shardings of everything that a training step takes."""
+  whole = sharding.replicated(run.mesh)
+  place = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole)
+  rest = jax.tree.map(place, jax.eval_shape(lambda: (stepping.healthy(), jax.random.key(0))))
+  return run.abstract(stage), *rest, run.example()
 
 
 def load_variables(run: Run, stage: Stage) -> Variables:
@@ -136,7 +163,7 @@ def train(run: Run) -> None:
   check.check_names(run.recipe)
   sharding.check_batch(run.settings.batch_size, run.mesh, run.settings.accumulate)
   for stage in run.recipe:
-    run.abstract(stage)  # all complaints before any work
+    _check_load(run, stage)  # all complaints before any work
   metrics = Metrics(run.workdir)
   try:
     with Notice() as notice:
@@ -168,6 +195,22 @@ def _set_aside(store: Checkpoints, step: int, error: Damaged) -> None:
   say(f'{error}; the damaged one is now {store.set_aside(step)}')
 
 
+@contextlib.contextmanager
+def _meanwhile(compile_: Callable[[], Any]) -> Iterator[None]:
+  """Compiles in a thread of its own what is called afterwards, where what fails here fails again."""
+
+  def quietly() -> None:
+    with contextlib.suppress(Exception):
+      compile_()
+
+  thread = threading.Thread(target=quietly)
+  thread.start()
+  try:
+    yield
+  finally:
+    thread.join()
+
+
 def _resume(run: Run, stage: Stage, store: Checkpoints) -> tuple[TrainState, int, Any]:
   """(state, step, data iterator) of the newest sound checkpoint, or of the beginning."""
   while (step := store.latest()) is not None:
@@ -184,15 +227,11 @@ def _resume(run: Run, stage: Stage, store: Checkpoints) -> tuple[TrainState, int
 def _initial(run: Run, stage: Stage, abstract: TrainState) -> TrainState:
   """A fresh state, with the groups that earlier stages hand over."""
   out = jax.tree.map(lambda a: a.sharding, abstract)
-  build = jax.jit(functools.partial(stepping.init_state, stage, run.preprocess), out_shardings=out)
+  build = jax.jit(run.initialiser(stage), out_shardings=out)
   state = build(keys.named(run.root, 'init', stage.name), run.put(next(run.iterator(stage))))
   for source in dict.fromkeys(stage.load.values()):
     given = load_variables(run, next(s for s in run.recipe if s.name == source))
     for group in (g for g, s in stage.load.items() if s == source):
-      where = f'config.stages.{stage.name}.load.{group}'
-      if group not in given['params']:
-        raise UserError(f'{where}: stage {source!r} has no such group; it has {sorted(given["params"])}')
-      _same_shapes(given['params'][group], abstract.params[group], where)
       state.params[group] = jax.device_put(given['params'][group], jax.tree.map(lambda a: a.sharding, abstract.params[group]))
       if group in state.stats and group in given['stats']:
         state.stats[group] = jax.device_put(
@@ -208,6 +247,17 @@ def _initial(run: Run, stage: Stage, abstract: TrainState) -> TrainState:
   return state
 
 
+def _check_load(run: Run, stage: Stage) -> None:
+  """Whether earlier stages have the groups that they are to hand over, in the shapes that this stage needs."""
+  wanted = run.abstract(stage).params
+  for group, source in stage.load.items():
+    given = run.abstract(next(s for s in run.recipe if s.name == source)).params
+    where = f'config.stages.{stage.name}.load.{group}'
+    if group not in given:
+      raise UserError(f'{where}: stage {source!r} has no such group; it has {sorted(given)}')
+    _same_shapes(given[group], wanted[group], where)
+
+
 def _same_shapes(given: Any, wanted: Any, where: str) -> None:
   shapes = [jax.tree_util.tree_map(lambda a: (a.shape, str(a.dtype)), t) for t in (given, wanted)]
   if shapes[0] != shapes[1]:
@@ -220,14 +270,12 @@ def _train_stage(run: Run, index: int, metrics: Metrics, notice: Notice) -> None
   for line in sharding.describe(abstract.params, jax.tree.map(lambda a: a.sharding, abstract.params)):
     say(f'{stage.name}: parameters {line}')
   clock = Clock(run.workdir)
-  state, step, iterator = _resume(run, stage, store)
+  compiled, function, terms = build_step(run, stage)
+  with _meanwhile(lambda: compiled.lower(*step_arguments(run, stage)).compile()):
+    state, step, iterator = _resume(run, stage, store)
   metrics.rewind(stage.name, step)
 
-  skip = settings.nonfinite == 'skip'
-  function, terms = stepping.make_step(stage, run.preprocess, settings.accumulate, skip, sharding.gather(run.mesh))
-  whole = sharding.replicated(run.mesh)
-  out = (jax.tree.map(lambda a: a.sharding, abstract), whole, whole)
-  compiled = jax.jit(function, donate_argnums=() if settings.nan_check else (0, 1), out_shardings=out)
+  skip, whole = settings.nonfinite == 'skip', sharding.replicated(run.mesh)
   validate = _validator(run, stage) if stage.best else None
   if validate and store.latest() is None:  # where a stage starts may be the best of it
     scores = validate(state)
