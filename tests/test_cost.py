@@ -75,6 +75,21 @@ def test_a_loop_of_unknown_length_counts_once_and_says_so():
   assert [c.counted for c in found if c.kind == 'reduce-scatter'] == [True]
 
 
+@pytest.mark.parametrize(
+  'groups, first',
+  [
+    ("mesh['a'=1,'b'=2,'c'=4], device_ids=([4,2]T(1,0)) {'b'}", (0, 1)),  # of a (4, 2) mesh, columns first
+    ("mesh['a'=1,'b'=2,'c'=4], device_ids=([4,2]T(1,0)) {'c'}", (0, 2, 4, 6)),
+    ("mesh['a'=2,'b'=2], device_ids=(3,1,2,0) {'b'}", (3, 1)),
+    ("mesh['a'=2,'b'=2], device_ids=(3,1,2,0) {'a','b'}", (3, 1, 2, 0)),
+  ],
+)
+def test_devices_in_another_order_than_they_are_counted(groups, first):
+  line = f'  %x = f32[6]{{0}} all-reduce(%p), replica_groups={groups}, to_apply=%sum'
+  found = collectives.find('ENTRY %main (p: f32[6]) -> f32[6] {\n' + line + '\n}', 8)
+  assert [c.group for c in found] == [first]
+
+
 def test_a_notation_of_groups_that_is_not_known_is_an_error():
   with pytest.raises(ValueError, match='notation'):
     collectives.find(PROGRAM.replace("{'axis_0'}", "{'axis_1':(2)2}"), 8)

@@ -17,7 +17,8 @@ _BRANCHES = re.compile(r'branch_computations=\{([^}]*)\}')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _LISTED = re.compile(r'replica_groups=\{(?:\{([\d,]*)\})?')
 _IOTA = re.compile(r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?')
-_MESH = re.compile(r'replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}')
+_MESH = re.compile(r'replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^{]*)\))? \{([^}]*)\}')
+_IDS = re.compile(r'\[([\d,]+)\](?:T\(([\d,]+)\))?$')
 _PAIRS = re.compile(r'source_target_pairs=\{\{(\d+),(\d+)\}')
 
 
@@ -114,22 +115,33 @@ def _collective(line: str, match: re.Match, devices: int) -> Collective:
 
 def _group(line: str, devices: int) -> tuple[int, ...]:
   """The first group of devices of a collective, in any of XLA's notations."""
-  ints = lambda text: [int(i) for i in text.split(',')]
   if pairs := _PAIRS.search(line):
     return tuple(map(int, pairs.groups()))
   if iota := _IOTA.search(line):
-    ids = np.arange(math.prod(ints(iota[2]))).reshape(ints(iota[2]))
-    ids = ids.transpose(ints(iota[3])) if iota[3] else ids
-    return tuple(ids.reshape(ints(iota[1]))[0].tolist())
+    return tuple(_counted(iota[2], iota[3]).reshape(_ints(iota[1]))[0].tolist())
   if mesh := _MESH.search(line):
     axes = {name: int(size) for name, size in re.findall(r"'([^']*)'=(\d+)", mesh[1])}
-    ids = np.arange(math.prod(axes.values())).reshape(tuple(axes.values()))
-    chosen = re.findall(r"'([^']*)'(:)?", mesh[2])
+    ids = np.arange(math.prod(axes.values()))
+    if mesh[2]:  # devices in another order than they are counted
+      counted = _IDS.match(mesh[2])
+      ids = _counted(*counted.groups()) if counted else np.array(_ints(mesh[2]))
+    chosen = re.findall(r"'([^']*)'(:)?", mesh[3])
     if not any(part for _, part in chosen):
       names = {name for name, _ in chosen}
-      return tuple(ids[tuple(slice(None) if name in names else 0 for name in axes)].ravel().tolist())
+      kept = tuple(slice(None) if name in names else 0 for name in axes)
+      return tuple(ids.reshape(tuple(axes.values()))[kept].ravel().tolist())
   elif listed := _LISTED.search(line):
-    return tuple(ints(listed[1])) if listed[1] else tuple(range(devices))
+    return tuple(_ints(listed[1])) if listed[1] else tuple(range(devices))
   elif 'replica_groups=' not in line:
     return tuple(range(devices))
   raise ValueError(f'groups of devices in a notation that is not known: {line.strip()[:300]}')
+
+
+def _counted(shape: str, order: str | None) -> np.ndarray:
+  """0, 1, 2 ... in an array of a shape, its axes in an order, both written as '4,2'."""
+  ids = np.arange(math.prod(_ints(shape))).reshape(_ints(shape))
+  return ids.transpose(_ints(order)) if order else ids
+
+
+def _ints(text: str) -> list[int]:
+  return [int(i) for i in text.split(',')]
