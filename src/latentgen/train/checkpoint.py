@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
+import numpy as np
 import orbax.checkpoint as ocp
 
 from latentgen.errors import Damaged, SaveFailed, UserError
@@ -85,7 +86,10 @@ class Checkpoints:
     """Starts an asynchronous save of the state and the data iterator; the state may be donated right after."""
     import grain
 
-    items = {'state': ocp.args.StandardSave(state), 'shapes': ocp.args.JsonSave(_shapes(state))}
+    shapes = _shapes(state)
+    if jax.process_count() == 1:  # Orbax holds up the loop for every array of JAX, hardly for those of numpy
+      state = jax.tree.map(np.array, jax.device_get(state))
+    items = {'state': ocp.args.StandardSave(state), 'shapes': ocp.args.JsonSave(shapes)}
     if data is not None:
       items['data'] = grain.checkpoint.CheckpointSave(data)
     try:
