@@ -16,16 +16,19 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/xla-$(VERSION)
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS = 0
 export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES = -1
 
+# A file to a process, which clears JAX's caches after it; in the order of their names, as the file of fewest tests is no quick one.
+PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 .PHONY: demo test test-fast bench install clean
 
 demo: install
 	$(RUN) -m latentgen.main --config=$(CONFIG)
 
 test: install
-	JAX_PLATFORMS=cpu $(RUN) -m pytest -n 2 --dist loadfile
+	JAX_PLATFORMS=cpu $(RUN) $(PYTEST)
 
 test-fast: install
-	JAX_PLATFORMS=cpu $(RUN) -m pytest -n 2 --dist loadfile -m "not slow"
+	JAX_PLATFORMS=cpu $(RUN) $(PYTEST) -m "not slow"
 
 bench: install $(PEERS)/.installed
 	$(RUN) bench/run.py --peers="$$(cat $(PEERS)/.installed 2>/dev/null || tail -n 1 $(PEERS)/failure)" --rounds=$(ROUNDS) --out=docs/benchmarks.md
