@@ -15,7 +15,7 @@ from latentgen import hugepages
 hugepages.restart()
 import json, resource
 import jax, jax.numpy as jnp
-function, x = jax.jit(lambda x: jnp.sin(x).sum()), jnp.ones(20_000_000)
+function, x = jax.jit(jnp.sin), jnp.ones(20_000_000)
 for i in range(12):
   if i == 2:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -42,7 +42,7 @@ def offered():
 def test_the_program_starts_anew_with_large_pages_once():
   variable, faults = run()
   assert variable == hugepages.VALUE
-  assert faults < 2000  # for 76 MiB; 19,532 pages of 4 KiB
+  assert faults < 2000  # for the 76 MiB of the result; 19,532 pages of 4 KiB
 
 
 def test_what_the_environment_says_about_malloc_stands():
