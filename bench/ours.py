@@ -304,9 +304,12 @@ def loop(folder: str) -> dict[str, float]:
     seen[at] = time.perf_counter()
     write(self, name, at, *args, **kwargs)
 
+  def run(workdir) -> loops.Run:
+    return loops.Run((stage,), data, prepare, sharding.make_mesh(1), workdir, settings)
+
   def whole(workdir) -> float:
     workdir.mkdir(parents=True)
-    loops.train(loops.Run((stage,), data, prepare, sharding.make_mesh(1), workdir, settings))
+    loops.train(run(workdir))
     return seen[steps] - seen[warm]
 
   function = jax.jit(stepping.make_step(stage, prepare)[0], donate_argnums=(0, 1))
@@ -325,7 +328,10 @@ def loop(folder: str) -> dict[str, float]:
 
   Metrics.write = watched
   pairs = [(whole(pathlib.Path(folder) / str(i)), bare()) for i in range(5)]
-  return dict(zip(('loop', 'step', 'over'), map(statistics.median, zip(*((a, b, a / b - 1) for a, b in pairs))), strict=True))
+  found = dict(zip(('loop', 'step', 'over'), map(statistics.median, zip(*((a, b, a / b - 1) for a, b in pairs))), strict=True))
+  idle = run(pathlib.Path(folder))
+  batches = idle.iterator(stage)
+  return {**found, 'batch': timing.cpu_seconds(lambda: jax.block_until_ready(idle.put(next(batches))))}
 
 
 def checkpoint(folder: str) -> dict[str, float]:
