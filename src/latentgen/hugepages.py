@@ -24,7 +24,13 @@ def missing() -> bool:
   return name == 'glibc' and numbers >= (2, 35) and offered and VARIABLE not in os.environ
 
 
-def restart() -> None:
-  """Starts this program anew, as the same process, with large pages asked for; returns where that changes nothing."""
-  if missing() and sys.executable:
-    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, VARIABLE: VALUE})
+def restart(module: str) -> None:
+  """Starts this program anew, as the same process, with large pages asked for; returns where that changes nothing.
+
+  Args:
+    module: its name; only what was started as `python -m module` starts anew, what a debugger or profiler runs does not.
+  """
+  words = sys.orig_argv[1:]
+  direct = '-m' in words and words[words.index('-m') + 1 :][:1] == [module]
+  if direct and missing() and sys.executable:
+    os.execve(sys.executable, [sys.executable, *words], {**os.environ, VARIABLE: VALUE})

@@ -217,5 +217,5 @@ def _leave(status: int, message: Any) -> NoReturn:
 
 
 if __name__ == '__main__':
-  hugepages.restart()
+  hugepages.restart('latentgen.main')
   cli()
