@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
-import numpy as np
 import orbax.checkpoint as ocp
 
 from latentgen.errors import Damaged, SaveFailed, UserError
@@ -86,10 +85,7 @@ class Checkpoints:
     """Starts an asynchronous save of the state and the data iterator; the state may be donated right after."""
     import grain
 
-    shapes = _shapes(state)
-    if jax.process_count() == 1:  # Orbax holds up the loop for every array of JAX, hardly for those of numpy
-      state = jax.tree.map(np.array, jax.device_get(state))
-    items = {'state': ocp.args.StandardSave(state), 'shapes': ocp.args.JsonSave(shapes)}
+    items = {'state': ocp.args.StandardSave(state), 'shapes': ocp.args.JsonSave(_shapes(state))}
     if data is not None:
       items['data'] = grain.checkpoint.CheckpointSave(data)
     try:
