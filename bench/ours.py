@@ -85,7 +85,7 @@ def step(kind: str) -> dict[str, float]:
 
 
 def likelihood(kind: str) -> dict[str, float]:
-  """Image-samples a CPU second of the task's own function, K samples an image; and those that its decoder's FLOPs would allow."""
+  """Image-samples a CPU second of the task's own function, K an image; FLOPs of its decoder, and those a square product does a second."""
   net, n, chunk = {'mlp': (networks.mlp(), 32, 25), 'conv': (networks.ConvVAE(), 4, 25)}[kind]
   method, x = vae_method.build(net, 1), images(n)
   variables = {'stats': {}, **jax.jit(method.init)(keys.root(0), {'image': x})}
@@ -96,7 +96,7 @@ def likelihood(kind: str) -> dict[str, float]:
   flops = sum(cost.flops(jax.make_jaxpr(decode)(z).jaxpr).values())
   square, product = jax.random.normal(keys.root(2), (2048, 2048)), jax.jit(jnp.matmul)
   rate = 2 * 2048**3 / timing.cpu_seconds(lambda: jax.block_until_ready(product(square, square)))
-  return {'samples': n * timing.SAMPLES / seconds, 'bound': rate / flops, 'flops': flops, 'rate': rate}
+  return {'samples': n * timing.SAMPLES / seconds, 'flops': flops, 'rate': rate}
 
 
 def depthwise(form: str) -> list[float]:

@@ -58,6 +58,7 @@ PUBLISHED = dict(
   name='adam', learning_rate=1e-3, final_learning_rate=1e-4, schedule='stairs', b1=0.99, b2=0.999, eps=1e-4,
 )  # fmt: skip
 FASTER = dict(schedule='cosine', b1=0.9, eps=1e-8)
+MUON = dict(name='muon', schedule='cosine', consistent_rms=0.2, ns_steps=3, preconditioning='aol')
 EPOCHS = 3280  # sum of 3^i, i = 0..7
 EPOCH = 596  # steps of :mnist_short, of 100 images
 
@@ -86,9 +87,9 @@ def short(config: ConfigDict) -> ConfigDict:
   config.recipe = ('start', 'iwae')
   config.stages.start = stage
   config.stages.iwae.load = dict(encoder='start', decoder='start')
-  for name, first, last in (('start', 3e-3, 5e-4), ('iwae', 5e-4, 1e-5)):
-    for optim in config.stages[name].optim.values():
-      optim.update(learning_rate=first, final_learning_rate=last, **FASTER)
+  for name, first, last in (('start', 5e-3, 1e-3), ('iwae', 1e-3, 1e-5)):
+    optim = dict(MUON, learning_rate=first, final_learning_rate=last)
+    config.stages[name].optim = ConfigDict(dict(generation=optim, inference=optim))
   return config
 
 
@@ -141,15 +142,15 @@ def sweep(name: str) -> list[dict]:
     return [{f'stages.iwae.method.{key}': value for key, value in method.items()} for method in OBJECTIVES.values()]
   return {
     'burda': [
-      member(method('iwae', 1, 1), method('iwae', 1, 1), (700, 200)),
-      member(method('iwae', 1, 5), method('iwae', 1, 5), (200, 100)),
-      member(method('iwae', 1, 5), method('iwae', 1, 50), (180, 24)),
+      member(method('iwae', 1, 1), method('iwae', 1, 1), (150, 60)),
+      member(method('iwae', 1, 5), method('iwae', 1, 5), (120, 60)),
+      member(method('iwae', 1, 5), method('iwae', 1, 50), (80, 28)),
     ],
     'rainforth': [
-      member(method('iwae', 1, 8), method('iwae', 1, 64), (100, 16)),
-      member(method('piwae', 2, 4), method('piwae', 8, 8), (100, 12)),
-      member(method('miwae', 2, 4), method('miwae', 8, 8), (100, 16)),
-      member(method('ciwae', 1, 8), method('ciwae', 1, 64), (100, 16)),
-      member(method('vae', 8, 1), method('vae', 64, 1), (100, 16)),
+      member(method('iwae', 1, 8), method('iwae', 1, 64), (50, 12)),
+      member(method('piwae', 2, 4), method('piwae', 8, 8), (50, 12)),
+      member(method('miwae', 2, 4), method('miwae', 8, 8), (50, 12)),
+      member(method('ciwae', 1, 8), method('ciwae', 1, 64), (50, 12)),
+      member(method('vae', 8, 1), method('vae', 64, 1), (50, 12)),
     ],
   }[name]

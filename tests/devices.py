@@ -5,6 +5,7 @@ usage: devices.py WORKDIR DATA FSDP [DIES]
 The process of rank DIES kills itself in the third step of four, when the checkpoint of the second is there.
 """
 
+import collections
 import functools
 import json
 import os
@@ -35,6 +36,8 @@ def main(argv: list[str]) -> None:
   run.workdir.mkdir(exist_ok=True, parents=True)
   if argv[3:] == [str(jax.process_index())]:
     loop.Metrics.write = functools.partialmethod(die, workdir / 'checkpoints' / 'vae' / '2')
+  compiled = collections.Counter()
+  jax.monitoring.register_event_duration_secs_listener(lambda name, _, **about: compiled.update([(name, about.get('fun_name'))]))
   loop.train(run)
   one, two = (loop.load_variables(run, stage) for stage in run.recipe)
 
@@ -46,7 +49,8 @@ def main(argv: list[str]) -> None:
   split = sum(a.sharding.spec != jax.sharding.PartitionSpec() for a in jax.tree.leaves(abstract.params))
   if jax.process_index() == 0:
     rows = [json.loads(line) for line in (run.workdir / 'metrics.jsonl').read_text().splitlines()]
-    report = {'rows': rows, 'frozen': all(jax.tree.leaves(frozen)), 'split': split, 'devices': jax.device_count()}
+    steps = compiled['/jax/core/compile/backend_compile_duration', 'jit(step)']
+    report = {'rows': rows, 'frozen': all(jax.tree.leaves(frozen)), 'split': split, 'devices': jax.device_count(), 'compiled': steps}
     (run.workdir / 'found.json').write_text(json.dumps(report))
 
 

@@ -1,5 +1,6 @@
 """Sources, the data sets that need no download, and the messages for wrong names, options and files."""
 
+import importlib.util
 import sys
 
 import numpy as np
@@ -57,6 +58,11 @@ def test_digits_split_is_stratified_and_fixed():
   assert len({found[s].checksum() for s in found}) == 3
   # pinned: a change of the split changes every published number
   assert {s: found[s].checksum()[:16] for s in found} == PINNED
+
+
+def test_digits_are_the_same_where_their_file_is_not_found(monkeypatch):
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  assert {s: source.checksum()[:16] for s, source in load('digits').items()} == PINNED
 
 
 PINNED = {'train': '9725c64682386e19', 'valid': '880b079a0167fc83', 'test': 'c7d0f16be2f23618'}

@@ -44,6 +44,7 @@ def same(one, other):
       # summation order alone differs; training amplifies it step by step
       np.testing.assert_allclose(a[name], b[name], rtol=2e-3, atol=2e-3, err_msg=f'{name} at {a["stage"]} {a["step"]}')
   assert one['frozen'] and other['frozen'] and other['devices'] == 4
+  assert one['compiled'] == other['compiled'] == 2  # the step of each stage, ahead of its first state, and not again
 
 
 def test_four_devices_that_split_images_and_parameters_train_like_one(alone, tmp_path):

@@ -370,6 +370,19 @@ def test_adamax_is_that_of_the_published_code():
     assert np.abs(other[-1] - want).max() > 1e-4
 
 
+def test_muon_takes_orthogonal_steps_with_matrices_and_adams_with_the_rest():
+  rng = np.random.default_rng(0)
+  params = {'kernel': jnp.zeros((6, 4)), 'bias': jnp.zeros(4)}
+  grads = {'kernel': jnp.float32(rng.normal(size=(6, 4)) * [0.1, 1.0, 10.0, 1.0]), 'bias': jnp.float32([1e-3, -1.0, 10.0, 0.1])}
+  rate, rms = 0.01, 0.2
+  transform = optim.build('', 10, 'muon', rate, consistent_rms=rms)
+  updates, _ = transform.update(grads, transform.init(params), params)
+  sizes = np.linalg.svd(updates['kernel'], compute_uv=False) / (rate * rms * np.sqrt(6))
+  assert (sizes > 0.6).all() and (sizes < 1.3).all()  # those of the gradient: over a factor of 100
+  adam = optim.build('', 10, 'nadam', rate)
+  np.testing.assert_allclose(updates['bias'], adam.update(grads, adam.init(params))[0]['bias'], rtol=1e-5)
+
+
 def rates(steps, **options):
   """The learning rate of every step, read off plain gradient descent."""
   transform = optim.build('', steps, 'sgd', **options)
@@ -400,6 +413,7 @@ def test_clipping_comes_before_the_decay():
 
 @pytest.mark.parametrize('options, message', [
   ({'name': 'adamaxx'}, "x.name is 'adamaxx'.*did you mean 'adamax'"),
+  ({'name': 'mechanize'}, "x.name is 'mechanize'"),
   ({'esp': 1e-3}, 'x.esp does not exist'),
   ({'learning_rate': 0.0}, 'x.learning_rate is 0.0'),
   ({'final_learning_rate': -1.0}, 'x.final_learning_rate is -1.0'),

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from latentgen.errors import UserError, near, one_line
 from latentgen.sections import DEBUG, flatten, plain
 
-OPEN = ('data', 'model', 'train', 'evaluate.*', 'stages.*.method', 'stages.*.method.prior', 'stages.*.optim.*')
+OPEN = ('data', 'model', 'train', 'mesh', 'evaluate.*', 'stages.*.method', 'stages.*.method.prior', 'stages.*.optim.*')
 # sections whose options belong to what they configure, which checks them itself
 
 

@@ -1,8 +1,8 @@
 """Large pages for large arrays on a CPU.
 
 XLA's CPU backend takes the memory of a step anew for every step, and the GNU C library maps a block that large from the kernel
-and gives it back: every step has the kernel clear its pages again, one by one. By pages of 2 MiB instead of 4 KiB an NVAE's step
-takes two thirds of the time. malloc asks for them where the environment says so before the program starts.
+and gives it back: every step has the kernel clear its pages again, one by one. That takes far less time by pages of 2 MiB than by
+those of 4 KiB. malloc asks for them where the environment says so before the program starts.
 """
 
 import os

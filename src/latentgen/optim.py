@@ -7,10 +7,12 @@ import re
 
 import jax
 import optax
+import optax.contrib
 
 from latentgen.errors import UserError, near
 
 WRAPPER = ('name', 'learning_rate', 'final_learning_rate', 'warmup_steps', 'schedule', 'weight_decay', 'clip_norm', 'skip_norm', 'rates')
+CONTRIB = ('muon',)  # of optax.contrib; others there want more than gradients, or evaluate other parameters than they train
 SCHEDULES = ('cosine', 'exponential', 'stairs')
 STAIRS, GROWTH = 8, 3  # stair i lasts 3^i parts of the stage
 
@@ -34,7 +36,7 @@ def build(
   Args:
     where: config key, for messages.
     steps: length of the stage.
-    name: an optimiser of optax, such as 'adam' or 'adamax'.
+    name: an optimiser of optax, such as 'adam' or 'adamax', or 'muon': orthogonal steps for matrices, Adam's for the rest.
     learning_rate: after the warm-up.
     final_learning_rate: at the end of the stage; None keeps `learning_rate`.
     warmup_steps: linear from 0.
@@ -54,9 +56,9 @@ def build(
   for key, value in {**numbers, 'final_learning_rate': final_learning_rate or 0.0}.items():
     if isinstance(value, bool) or not isinstance(value, (int, float)):
       raise UserError(f'{where}.{key} is {value!r}, need a number')
-  function = getattr(optax, str(name), None)
+  function = getattr(optax.contrib if name in CONTRIB else optax, str(name), None)
   if not callable(function) or 'learning_rate' not in inspect.signature(function).parameters:
-    names = [n for n in dir(optax) if n.startswith(('ada', 'sgd', 'lion', 'rms', 'nadam', 'radam', 'novo', 'lamb'))]
+    names = [*CONTRIB, *(n for n in dir(optax) if n.startswith(('ada', 'sgd', 'lion', 'rms', 'nadam', 'radam', 'novo', 'lamb')))]
     raise UserError(f'{where}.name is {name!r}, which is no optimiser of optax{near(name, names)}')
   known = set(inspect.signature(function).parameters)
   for option in options:

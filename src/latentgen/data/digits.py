@@ -5,6 +5,8 @@ References:
 """
 
 from collections.abc import Sequence
+import importlib.util
+import pathlib
 
 import numpy as np
 
@@ -27,16 +29,27 @@ def load(held_out_classes: Sequence[int] = ()) -> dict[str, ArraySource]:
   held = list(held_out_classes) if isinstance(held_out_classes, Sequence) else [None]
   if not all(isinstance(c, int) for c in held) or not set(held) < set(range(10)):
     raise UserError(f'config.data.held_out_classes = {held_out_classes!r} must be some of the digits 0 to 9')
-  from sklearn import datasets
-
-  raw = datasets.load_digits()
-  images = np.round(raw.images * (255 / 16)).astype(np.uint8)[..., None]
-  everything = ArraySource(images, raw.target, 'digits', num_classes=10)
-  order = splits.stratified(raw.target, 0)
-  kept = lambda rows: rows[~np.isin(raw.target[rows], held)]
+  grey, target = _raw()
+  images = np.round(grey * (255 / 16)).astype(np.uint8)[..., None]
+  everything = ArraySource(images, target, 'digits', num_classes=10)
+  order = splits.stratified(target, 0)
+  kept = lambda rows: rows[~np.isin(target[rows], held)]
   train, valid, test = (order[part] for part in splits.parts(len(order), VALID, TEST))
   return {
     'train': everything.subset(kept(train), 'digits/train'),
     'valid': everything.subset(kept(valid), 'digits/valid'),
     'test': everything.subset(test, 'digits/test'),
   }
+
+
+def _raw() -> tuple[np.ndarray, np.ndarray]:
+  """Grey levels 0 to 16, [1797, 8, 8], and classes; read from its file, as importing scikit-learn takes a second."""
+  found = importlib.util.find_spec('sklearn')
+  file = pathlib.Path(found.origin).parent / 'datasets' / 'data' / 'digits.csv.gz' if found and found.origin else None
+  if file and file.is_file():
+    rows = np.loadtxt(file, np.int64, delimiter=',')
+    return rows[:, :64].reshape(-1, 8, 8), rows[:, 64]
+  from sklearn import datasets  # of a version that keeps its files elsewhere
+
+  raw = datasets.load_digits()
+  return raw.images, raw.target

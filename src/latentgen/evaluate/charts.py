@@ -1,13 +1,17 @@
-"""Charts drawn with matplotlib into arrays or SVG, without global state and the same to the byte every time."""
+"""Charts drawn with matplotlib into arrays or SVG, without global state and the same to the byte every time.
+
+Matplotlib is imported where a chart is drawn: training starts without it.
+"""
 
 import contextlib
 import io
+from typing import TYPE_CHECKING
 import warnings
 
-from matplotlib import rc_context
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 import numpy as np
+
+if TYPE_CHECKING:
+  from matplotlib.figure import Figure
 
 LABEL = 60  # characters
 COLORS = ('#3b7dd8', '#e07b39', '#3a9d6b', '#c2507a', '#8a6fd1', '#9a8a3c', '#5aa6b8', '#8c8c8c')
@@ -34,6 +38,9 @@ STYLE = {
 
 def axes(width: float, height: float, rows: int = 1, heights=None):
   """A figure of that size in inches with its axes, one or an array of them. Call within `style()`."""
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
   figure = Figure(figsize=(width, height), dpi=110, layout='constrained')
   FigureCanvasAgg(figure)
   return figure, figure.subplots(rows, 1, height_ratios=heights)
@@ -41,6 +48,8 @@ def axes(width: float, height: float, rows: int = 1, heights=None):
 
 def style():
   """The context in which charts are drawn and rendered."""
+  from matplotlib import rc_context
+
   return rc_context(STYLE)
 
 
@@ -59,7 +68,7 @@ def _any_text():
     yield
 
 
-def pixels(figure: Figure) -> np.ndarray:
+def pixels(figure: 'Figure') -> np.ndarray:
   """The figure on white, uint8 [H, W, 3]."""
   figure.patch.set_facecolor('white')
   with _any_text():
@@ -67,7 +76,7 @@ def pixels(figure: Figure) -> np.ndarray:
   return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
 
 
-def svg(figure: Figure) -> bytes:
+def svg(figure: 'Figure') -> bytes:
   """The figure on a transparent ground; no date, no random identifiers."""
   buffer = io.BytesIO()
   for ax in figure.axes:

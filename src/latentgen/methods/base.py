@@ -1,6 +1,7 @@
 """Defaults of a method, and what every method on a latent-variable network shares."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -11,6 +12,12 @@ from latentgen.errors import UserError
 from latentgen.types import Array, Batch, Choose, Context, Key, LatentNet, Params, Trace, Variables, ancestral
 
 NET_GROUPS = ('encoder', 'decoder')
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _initialised(net: LatentNet, key: Key, x: Array) -> Any:
+  """The network's own variables; jitted so that several stages with one network trace it once."""
+  return net.init(dict(zip(('params', 'sample'), jax.random.split(key))), x, method='infer')
 
 
 class Base:
@@ -52,10 +59,14 @@ class LatentMethod(Base):
   density = True  # traces hold log q and log p, so that there are bounds on log p(x)
 
   def init(self, key: Key, batch: Batch) -> Variables:
-    keys = dict(zip(('params', 'sample'), jax.random.split(key)))
-    found = self.net.init(keys, batch['image'], method='infer')
+    found = _initialised(self.net, key, batch['image'])
     stats = nets.groups(found.get('batch_stats', {}))
     return {'params': nets.groups(found['params']), 'stats': {g: tree for g, tree in stats.items() if tree}}
+
+  def example(self, variables: Variables, batch: Batch) -> Trace:
+    """A posterior Trace with k = 1, of zeros: for what depends on shapes alone."""
+    trace = jax.eval_shape(lambda v: self.infer(v['params'], v.get('stats', {}), batch['image'], jax.random.key(0))[0], variables)
+    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), trace)
 
   def _apply(self, params: Params, stats: Any, key: Key, method: str, *args, train: bool = False, **kwargs):
     variables = {'params': nets.ungroup({g: params[g] for g in NET_GROUPS if g in params})}

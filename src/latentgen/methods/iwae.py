@@ -53,7 +53,7 @@ class IWAE(LatentMethod):
   def init(self, key: Key, batch: Batch) -> Variables:
     variables = super().init(key, batch)
     if self.objective in PATHWISE:
-      trace = jax.eval_shape(lambda v: self.infer(v['params'], v['stats'], batch['image'], key)[0], variables)
+      trace = self.example(variables, batch)
       if trace.posterior is None or len(trace.z) > 1 or trace.z[0].shape[0] > 1:
         raise UserError(
           f'config.model: the estimator {self.objective!r} needs one group of latents with a Gaussian posterior; with '

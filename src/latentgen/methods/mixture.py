@@ -84,7 +84,7 @@ class MixturePrior(LatentMethod):
       UserError: the network has other latents than one Gaussian vector, or labels are missing.
     """
     variables = super().init(key, batch)
-    latent = self._latent(variables, batch['image'])
+    latent = _latent(self.example(variables, batch))
     if self.prior.mode == 'fixed' and len(self.prior.prototypes[0]) != latent:
       raise UserError(f'method.prototypes have {len(self.prior.prototypes[0])} dimensions, and model.latent is {latent}')
     if self.classes and 'label' not in batch:
@@ -100,16 +100,6 @@ class MixturePrior(LatentMethod):
     if self.target is not None:
       variables['stats']['dual'] = {'weight': jnp.asarray(self.weight, jnp.float32)}
     return variables
-
-  def _latent(self, variables: Variables, x: Array) -> int:
-    trace = jax.eval_shape(lambda v: self.infer(v['params'], v['stats'], x, jax.random.key(0))[0], variables)
-    what = 'a mixture prior needs a network with'
-    if len(trace.z) != 1 or trace.z[0].shape[0] != 1 or trace.z[0].ndim != 4:
-      groups = sum(z.shape[0] for z in trace.z)
-      raise UserError(f'config.model.name: {what} one group of latent vectors; this one has {groups} of maps or vectors')
-    if trace.posterior is None:
-      raise UserError(f'config.model.name: {what} a Gaussian posterior')
-    return trace.z[0].shape[-1]
 
   # -------------------------------------------------------------------------------------------- prior
 
@@ -276,6 +266,17 @@ class MixturePrior(LatentMethod):
     """As any method's, with `log_p` under the mixture."""
     trace = super().simulate(variables, key, n, *args, **kwargs)
     return trace.replace(log_p=(self.mixture(variables).log_prob(trace.z[0]),), prior=None)
+
+
+def _latent(trace: Trace) -> int:
+  """Dimensions of the one vector of latents that a mixture prior needs."""
+  what = 'a mixture prior needs a network with'
+  if len(trace.z) != 1 or trace.z[0].shape[0] != 1 or trace.z[0].ndim != 4:
+    groups = sum(z.shape[0] for z in trace.z)
+    raise UserError(f'config.model.name: {what} one group of latent vectors; this one has {groups} of maps or vectors')
+  if trace.posterior is None:
+    raise UserError(f'config.model.name: {what} a Gaussian posterior')
+  return trace.z[0].shape[-1]
 
 
 def _gaussian(trace: Trace) -> Normal:

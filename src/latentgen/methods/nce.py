@@ -47,10 +47,9 @@ class NCE(LatentMethod):
 
   def init(self, key: Key, batch: Batch) -> Variables:
     variables = super().init(key, batch)
-    trace = jax.eval_shape(lambda v: self.infer(v['params'], v.get('stats', {}), batch['image'], key)[0], variables)
+    trace = self.example(variables, batch)
     if trace.prior is None:
       raise UserError('config.model: a noise-contrastive prior needs location-scale latents, and this network has none')
-    trace = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), trace)
     variables['params']['critic'] = self.tilt.init(jax.random.fold_in(key, 1), trace)
     return variables
 

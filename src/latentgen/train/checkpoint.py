@@ -12,6 +12,7 @@ import re
 import shutil
 from typing import Any
 
+from absl import flags
 import jax
 from jax.experimental import multihost_utils
 import orbax.checkpoint as ocp
@@ -62,6 +63,8 @@ class Checkpoints:
 
   def _open(self) -> ocp.CheckpointManager:
     if self._manager is None:
+      if not flags.FLAGS.is_parsed():  # Orbax reads a flag of its own for every array, and unparsed ones answer with an exception
+        flags.FLAGS.mark_as_parsed()
       for leftover in self._folder.glob('*.orbax-checkpoint-tmp*'):
         if jax.process_index() == 0:
           shutil.rmtree(leftover, ignore_errors=True)
