@@ -1,7 +1,7 @@
 # make demo    environment, install, and the main job on the embedded data: a report in minutes
 # make test    environment, install, all tests
 # make bench   the benchmark tables of docs/benchmarks.md, against Pythae and torch in an environment of their own;
-#              ROUNDS=3 repeats each measurement in turns and takes medians
+#              ROUNDS=N repeats what is compared with a peer, in turns, for medians
 #
 # PYTHON picks the interpreter (3.11 or newer); each has an environment of its own.
 
@@ -10,7 +10,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 VENV ?= .venv-$(VERSION)
 RUN := $(VENV)/bin/python
 PEERS ?= .venv-peers-$(VERSION)
-ROUNDS ?= 1
+ROUNDS ?= 3
 CONFIG ?= experiments/nvae_nce.py
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/xla-$(VERSION)
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS = 0

@@ -327,7 +327,7 @@ def loop(folder: str) -> dict[str, float]:
     return time.perf_counter() - start
 
   Metrics.write = watched
-  pairs = [(whole(pathlib.Path(folder) / str(i)), bare()) for i in range(5)]
+  pairs = [(whole(pathlib.Path(folder) / str(i)), bare()) for i in range(9)]
   found = dict(zip(('loop', 'step', 'over'), map(statistics.median, zip(*((a, b, a / b - 1) for a, b in pairs))), strict=True))
   idle = run(pathlib.Path(folder))
   batches = idle.iterator(stage)

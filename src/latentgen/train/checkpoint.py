@@ -6,15 +6,18 @@ the shapes of the state, by which a checkpoint of another model is told from a d
 """
 
 from collections.abc import Mapping
+import functools
 import logging
 import pathlib
 import re
 import shutil
+import sys
 from typing import Any
 
 from absl import flags
 import jax
 from jax.experimental import multihost_utils
+import numpy as np
 import orbax.checkpoint as ocp
 
 from latentgen.errors import Damaged, SaveFailed, UserError
@@ -30,6 +33,18 @@ def _worth_saying(record: logging.LogRecord) -> bool:
 
 
 logging.getLogger('absl').addFilter(_worth_saying)
+
+
+@functools.cache
+def _quiet_writers() -> None:
+  """Where one array cannot be written, the writers of the others find Orbax's event loop closed and each print a traceback."""
+  before = sys.unraisablehook
+
+  def hook(unraisable: Any) -> None:
+    if (unraisable.exc_type, str(unraisable.exc_value)) != (RuntimeError, 'Event loop is closed'):
+      before(unraisable)
+
+  sys.unraisablehook = hook
 
 
 class Checkpoints:
@@ -65,6 +80,7 @@ class Checkpoints:
     if self._manager is None:
       if not flags.FLAGS.is_parsed():  # Orbax reads a flag of its own for every array, and unparsed ones answer with an exception
         flags.FLAGS.mark_as_parsed()
+      _quiet_writers()
       for leftover in self._folder.glob('*.orbax-checkpoint-tmp*'):
         if jax.process_index() == 0:
           shutil.rmtree(leftover, ignore_errors=True)
@@ -88,7 +104,10 @@ class Checkpoints:
     """Starts an asynchronous save of the state and the data iterator; the state may be donated right after."""
     import grain
 
-    items = {'state': ocp.args.StandardSave(state), 'shapes': ocp.args.JsonSave(_shapes(state))}
+    shapes = _shapes(state)
+    if jax.process_count() == 1:  # Orbax holds up the loop for every array of JAX, hardly for those of numpy
+      state = jax.tree.map(np.array, jax.device_get(state))
+    items = {'state': ocp.args.StandardSave(state), 'shapes': ocp.args.JsonSave(shapes)}
     if data is not None:
       items['data'] = grain.checkpoint.CheckpointSave(data)
     try:

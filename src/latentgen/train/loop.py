@@ -71,9 +71,9 @@ class Run:
 
   def iterator(self, stage: Stage) -> Any:
     # Stages draw in different orders, so that none repeats the first stage's batches.
-    seed = int(jax.random.bits(keys.named(self.root, 'data', stage.name), dtype=jnp.uint32))
+    seed = jax.jit(lambda root: jax.random.bits(keys.named(root, 'data', stage.name), dtype=jnp.uint32))  # one program, not seven
     return pipeline.train_iterator(
-      self.data['train'], self.settings.batch_size, seed, jax.process_index(), jax.process_count()
+      self.data['train'], self.settings.batch_size, int(seed(self.root)), jax.process_index(), jax.process_count()
     )
 
   def example(self) -> Any:
@@ -96,8 +96,9 @@ class Run:
     return {}
 
   def initialiser(self, stage: Stage) -> Callable[..., TrainState]:
-    """(key, raw batch) -> the first state of a stage; always the same function, so that it is traced only once."""
-    return self._initialisers.setdefault(stage.name, jax.jit(functools.partial(stepping.init_state, stage, self.preprocess)))
+    """(root key, raw batch) -> the first state of a stage; always the same function, so that it is traced only once."""
+    first = lambda root, raw: stepping.init_state(stage, self.preprocess, keys.named(root, 'init', stage.name), raw)
+    return self._initialisers.setdefault(stage.name, jax.jit(first))
 
   def _shapes(self, stage: Stage) -> TrainState:
     raw = self.example()
@@ -196,24 +197,26 @@ def _set_aside(store: Checkpoints, step: int, error: Damaged) -> None:
 
 
 @contextlib.contextmanager
-def _meanwhile(compile_: Callable[[], Any]) -> Iterator[None]:
-  """Compiles in a thread of its own what is called afterwards, where what fails here fails again."""
+def _meanwhile(compile_: Callable[[], Any]) -> Iterator[Callable[[], None]]:
+  """Yields what starts compiling, in a thread of its own, what is called after the block; there, what fails here fails again."""
 
   def quietly() -> None:
     with contextlib.suppress(Exception):
       compile_()
 
   thread = threading.Thread(target=quietly)
-  thread.start()
   try:
-    yield
+    yield thread.start
   finally:
-    thread.join()
+    if thread.ident is not None:
+      thread.join()
 
 
-def _resume(run: Run, stage: Stage, store: Checkpoints) -> tuple[TrainState, int, Any]:
-  """(state, step, data iterator) of the newest sound checkpoint, or of the beginning."""
+def _resume(run: Run, stage: Stage, store: Checkpoints, compile_step: Callable[[], None]) -> tuple[TrainState, int, Any]:
+  """(state, step, data iterator) of the newest sound checkpoint, or of the beginning; calls `compile_step` once, on its way."""
+  compile_step = functools.cache(compile_step)
   while (step := store.latest()) is not None:
+    compile_step()
     iterator = run.iterator(stage)
     try:
       state = store.restore(step, run.abstract(stage), iterator)
@@ -221,14 +224,16 @@ def _resume(run: Run, stage: Stage, store: Checkpoints) -> tuple[TrainState, int
       return state, step, iterator
     except Damaged as error:
       _set_aside(store, step, error)
-  return _initial(run, stage, run.abstract(stage)), 0, run.iterator(stage)
+  return _initial(run, stage, run.abstract(stage), compile_step), 0, run.iterator(stage)
 
 
-def _initial(run: Run, stage: Stage, abstract: TrainState) -> TrainState:
-  """A fresh state, with the groups that earlier stages hand over."""
+def _initial(run: Run, stage: Stage, abstract: TrainState, compile_step: Callable[[], None] = lambda: None) -> TrainState:
+  """A fresh state, with the groups that earlier stages hand over; `compile_step` is called when the state's program is traced."""
   out = jax.tree.map(lambda a: a.sharding, abstract)
-  build = jax.jit(run.initialiser(stage), out_shardings=out)
-  state = build(keys.named(run.root, 'init', stage.name), run.put(next(run.iterator(stage))))
+  first = run.root, run.put(next(run.iterator(stage)))
+  build = jax.jit(run.initialiser(stage), out_shardings=out).lower(*first)
+  compile_step()  # not before: two threads that trace wait for each other, but one traces while the other compiles
+  state = build.compile()(*first)
   for source in dict.fromkeys(stage.load.values()):
     given = load_variables(run, next(s for s in run.recipe if s.name == source))
     for group in (g for g, s in stage.load.items() if s == source):
@@ -271,8 +276,8 @@ def _train_stage(run: Run, index: int, metrics: Metrics, notice: Notice) -> None
     say(f'{stage.name}: parameters {line}')
   clock = Clock(run.workdir)
   compiled, function, terms = build_step(run, stage)
-  with _meanwhile(lambda: compiled.lower(*step_arguments(run, stage)).compile()):
-    state, step, iterator = _resume(run, stage, store)
+  with _meanwhile(lambda: compiled.lower(*step_arguments(run, stage)).compile()) as compile_step:
+    state, step, iterator = _resume(run, stage, store, compile_step)
   metrics.rewind(stage.name, step)
 
   skip, whole = settings.nonfinite == 'skip', sharding.replicated(run.mesh)
