@@ -26,6 +26,7 @@ signal-to-noise ratios is experiments/iwae_snr.py.
 Deviations (paper / here / why):
   Adam's second moments start at 1 / at 0, with bias correction / a standard optimiser; it matters for the first thousand steps
   output biases start at the log-odds of the training mean / of the first batch's, with a pseudo-count / the same in expectation
+  Adam, batches of 20, 3,280 epochs / :mnist_short has Muon (Jordan et al., 2024), batches of 500, fewer epochs / to end the same day
   400 validation images / 400 of MNIST's, drawn by tensorflow-datasets / nothing is selected on them
   PIWAE in published code adds the encoder's two gradients / theta ascends IWAE_MK, phi MIWAE_MK / as the paper has it
   DReG: alpha of the published flags is 0.9 / :iwae_dreg has 0, :dreg 0.9 / both are offered
