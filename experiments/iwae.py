@@ -10,7 +10,7 @@ Command    python -m latentgen.main --config=experiments/iwae.py
 Default    IWAE with K = 16 on scikit-learn's digits, binarised afresh at every access; a minute on two CPU cores.
 Variants   :smoke (seconds)  :vae :iwae :miwae :piwae :ciwae :stl :iwae_dreg :dreg, each with 16 samples a step, on the digits
            :mnist (one layer) and :mnist_2layers: the paper's networks, batch and schedule of 3,280 epochs; K = 50
-           :mnist_short, the one-layer network in less than an hour on one CPU core: many epochs with few samples, some with all
+           :mnist_short, the one-layer network for a CPU: many epochs with few samples, some with all; not yet run to its end
 Sweeps     --sweep=objectives: final bounds, KL(q || p(z | x)) and effective sample size of all objectives, on the digits
            of :mnist_short, --sweep=burda: IWAE with K = 1, 5, 50; --sweep=rainforth: 64 samples, five objectives
 

@@ -137,6 +137,7 @@ def main(argv: Sequence[str]) -> None:
   flags, overrides = parse(argv)
   start_jax(flags.distributed)
   from latentgen import assembly, config as configs, run, sweeps
+
   file, config = configs.load(flags.config)
   if flags.sweep is None and flags.sweep_index is not None:
     raise UserError('--sweep_index needs --sweep=NAME')
@@ -181,7 +182,7 @@ def sweep(file, name: str | None, index: int | None):
 
 def cli() -> None:
   """Entry point with the exit statuses of the command line."""
-  gc.set_threshold(50_000)  # of 700 new objects; what is traced stays, and looking through it that often takes an eighth of the start
+  gc.set_threshold(50_000)  # new objects; what is traced stays, and is not worth looking through at every 700 of them
   try:
     main(sys.argv[1:])
   except UserError as error:

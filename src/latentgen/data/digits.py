@@ -43,7 +43,7 @@ def load(held_out_classes: Sequence[int] = ()) -> dict[str, ArraySource]:
 
 
 def _raw() -> tuple[np.ndarray, np.ndarray]:
-  """Grey levels 0 to 16, [1797, 8, 8], and classes; read from its file, as importing scikit-learn takes a second."""
+  """Grey levels 0 to 16, [1797, 8, 8], and classes; read from their file, as importing scikit-learn takes long."""
   found = importlib.util.find_spec('sklearn')
   file = pathlib.Path(found.origin).parent / 'datasets' / 'data' / 'digits.csv.gz' if found and found.origin else None
   if file and file.is_file():
