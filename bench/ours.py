@@ -382,9 +382,9 @@ def start(folder: str) -> dict[str, float]:
     raise Reached
 
   jax.monitoring.register_event_duration_secs_listener(listen)
-  Metrics.write = stop
+  Metrics.write, sys.argv = stop, ['latentgen', *timing.START, f'--workdir={folder}']
   try:
-    main.main([*timing.START, f'--workdir={folder}'])
+    main.cli()
   except Reached:
     return parts
   raise RuntimeError('the smoke configuration logs nothing')

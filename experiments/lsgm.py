@@ -64,8 +64,8 @@ PUBLISHED = dict(
 )  # fmt: skip
 
 PAPER = dict(
-  mnist=[dict(name='MNIST, nats', paper=78.47, ours='likelihood/elbo', note='negative ELBO')],
-  omniglot=[dict(name='OMNIGLOT, nats', paper=87.79, ours='likelihood/elbo', note='negative ELBO')],
+  mnist=[dict(name='MNIST, nats', paper=-78.47, ours='likelihood/elbo', note='ELBO')],
+  omniglot=[dict(name='OMNIGLOT, nats', paper=-87.79, ours='likelihood/elbo', note='ELBO')],
   cifar10=[dict(name='CIFAR-10 FID', paper=2.10, ours='', note='Inception features, best-FID model; not comparable with ours')],
   celebahq256=[
     dict(name='CelebA-HQ 256, 5 bits, bits/dim', paper=0.70, ours='likelihood/elbo_bits_per_dim', note='with flows')

@@ -67,7 +67,7 @@ PUBLISHED = dict(
 )  # fmt: skip
 
 PAPER = dict(
-  mnist=[dict(name='MNIST, nats', paper=78.01, ours='likelihood/iwae', note='negative log-likelihood, K = 1000')],
+  mnist=[dict(name='MNIST, nats', paper=-78.01, ours='likelihood/iwae', note='K = 1000')],
   cifar10=[dict(name='CIFAR-10, bits/dim', paper=2.91, ours='likelihood/iwae_bits_per_dim', note='with flows')],
   celebahq256=[dict(name='CelebA-HQ 256, 5 bits, bits/dim', paper=0.70, ours='likelihood/iwae_bits_per_dim', note='with flows')],
 )
