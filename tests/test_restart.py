@@ -221,6 +221,35 @@ def test_accumulated_gradients_are_those_of_the_mean_over_the_parts():
   assert abs(float(found['u/noise']) - float(single)) > 1e-3
 
 
+def test_updates_that_go_through_the_parts_together_get_what_each_gets_alone():
+  from latentgen.data import preprocess
+  from latentgen.train import keys, step as stepping
+
+  def loss(name, power):
+    def value(params, ctx):
+      mean = ctx.batch['image'].mean() * (1 + ctx.stats['n'])
+      return (params[name] - mean) ** power, Aux({'mean': mean}, {'n': ctx.stats['n'] + power * mean})
+
+    return Update(f'u{name}', (name,), value)
+
+  both, raw = (loss('a', 2), loss('b', 4)), {'image': np.random.default_rng(0).integers(0, 256, (8, 2, 2, 1), dtype=np.uint8)}
+
+  def after(*updates):
+    chosen = stage(updates, load={g: 'earlier' for g in 'ab' if f'u{g}' not in {u.name for u in updates}})
+    first = stepping.init_state(chosen, preprocess.make(), keys.root(0), raw)
+    state, _, found = jax.jit(stepping.make_step(chosen, preprocess.make(), parts=4)[0])(first, stepping.healthy(), keys.root(0), raw)
+    return state, found
+
+  state, found = after(*both)
+  for name, update in zip('ab', both, strict=True):
+    alone, metrics = after(update)
+    np.testing.assert_allclose(state.params[name], alone.params[name], rtol=1e-6)
+    assert state.params[name] != {'a': 1.0, 'b': 2.0}[name]
+    for key, value in metrics.items():
+      np.testing.assert_allclose(found[key], value, rtol=1e-6)
+  np.testing.assert_allclose(state.stats['n'], alone.stats['n'], rtol=1e-6)  # the last to change it
+
+
 def test_a_gradient_above_the_norm_is_left_out():
   from latentgen import optim
 

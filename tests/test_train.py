@@ -94,6 +94,23 @@ def test_sequential_updates_see_the_newest_parameters():
   np.testing.assert_allclose(metrics['ub/seen'], a, rtol=1e-6)
 
 
+@pytest.mark.parametrize('order, passes', [('simultaneous', 1), ('sequential', 2)])
+def test_simultaneous_updates_of_one_loss_are_one_pass(order, passes):
+  traced = []
+
+  def loss(params, ctx):
+    traced.append(ctx)
+    return 0.5 * (params['a'] - params['b']) ** 2, Aux({'noise': jax.random.normal(ctx.key, ())})
+
+  state, _, metrics = one_step(stage((Update('ua', ('a',), loss), Update('ub', ('b',), loss)), order=order))
+  assert len(traced) == passes
+  a = 1 - RATE * (1 - 2)
+  np.testing.assert_allclose(state.params['a'], a, rtol=1e-6)
+  np.testing.assert_allclose(state.params['b'], 2 - RATE * (2 - (a if passes == 2 else 1)), rtol=1e-6)
+  np.testing.assert_allclose(metrics['ub/grad_norm'], 2 - (a if passes == 2 else 1), rtol=1e-6)
+  assert (metrics['ua/noise'] == metrics['ub/noise']) == (passes == 1)
+
+
 def test_every_runs_on_its_steps_alone_and_reports_only_then(tmp_path):
   lazy = (quadratic('ua', ('a',), lambda p: 0.0), quadratic('ub', ('b',), lambda p: 0.0, every=3))
   run = make_run(tmp_path, stage(lazy, steps=5))

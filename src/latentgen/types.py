@@ -163,7 +163,10 @@ LossFn = Callable[[Params, Context], tuple[Array, Aux]]
 
 @dataclasses.dataclass(frozen=True)
 class Update:
-  """One gradient update: `loss` is minimised over the parameter groups `wrt`, on every `every`-th step."""
+  """One gradient update: `loss` is minimised over the parameter groups `wrt`, on every `every`-th step.
+
+  Simultaneous updates of one and the same loss are one pass, with one key, of which each takes its groups' gradients.
+  """
 
   name: str
   wrt: tuple[str, ...]

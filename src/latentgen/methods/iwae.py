@@ -66,7 +66,8 @@ class IWAE(LatentMethod):
     return ctx.key, ctx.carry
 
   def updates(self) -> tuple[Update, ...]:
-    return (Update('generation', ('decoder',), self.generation), Update('inference', ('encoder',), self.inference))
+    inference = self.inference if self.objective in ('piwae', *PATHWISE) else self.generation  # of one loss: one backward pass
+    return (Update('generation', ('decoder',), self.generation), Update('inference', ('encoder',), inference))
 
   def _pass(self, params: Params, ctx: Context) -> tuple[Trace, Any]:
     return self.infer(params, ctx.stats, ctx.batch['image'], ctx.shared, self.outer * self.samples, train=True)

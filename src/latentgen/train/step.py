@@ -1,6 +1,7 @@
 """One training step: every method's updates through the package's only `value_and_grad`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+import dataclasses
 import functools
 from typing import Any
 
@@ -25,21 +26,29 @@ def gradient(update: Update, params: Params, ctx: Context, gather: Gather = lamb
   return jax.value_and_grad(lambda p: update.loss(gather({**params, **p}), ctx), has_aux=True)(moved)
 
 
-def accumulated(update: Update, params: Params, ctx: Context, gather: Gather) -> tuple[tuple[Array, Aux], Params]:
-  """As `gradient`, of the mean over the parts on the first axis of `ctx.batch` and `ctx.shared`, of which one is held at a time.
+def accumulated(
+  updates: Sequence[Update], params: Params, ctxs: Sequence[Context], gather: Gather
+) -> list[tuple[tuple[Array, Aux], Params]]:
+  """As `gradient` of every update, of the mean over the parts on the first axis of `batch` and `shared`, of which one is held at a time.
 
-  Every part has noise of its own; changes of statistics go from part to part.
+  Every part has noise of its own; changes of statistics go from part to part. What the updates have in common is computed once: they
+  go through a part together.
   """
 
   def one(i: Array, batch: Any, shared: Any, stats: Any):
-    part = ctx.replace(batch=batch, shared=shared, key=jax.random.fold_in(ctx.key, i), stats=stats)
-    (loss, aux), grads = gradient(update, params, part, gather)
-    return (loss, dict(aux.metrics), grads), {**stats, **aux.stats}, dict(aux.stats)
+    found, after, changed = [], [], []
+    for update, ctx, before in zip(updates, ctxs, stats, strict=True):
+      part = ctx.replace(batch=batch, shared=shared, key=jax.random.fold_in(ctx.key, i), stats=before)
+      (loss, aux), grads = gradient(update, params, part, gather)
+      found.append((loss, dict(aux.metrics), grads))
+      after.append({**before, **aux.stats})
+      changed.append(dict(aux.stats))
+    return found, after, changed
 
-  parts = len(jax.tree.leaves(ctx.batch)[0])
-  rows = jnp.arange(parts), ctx.batch, ctx.shared
+  parts = len(jax.tree.leaves(ctxs[0].batch)[0])
+  rows, stats = (jnp.arange(parts), ctxs[0].batch, ctxs[0].shared), [dict(ctx.stats) for ctx in ctxs]
   first = jax.tree.map(lambda x: x[0], rows)
-  shapes, _, changed = jax.eval_shape(one, *first, dict(ctx.stats))
+  shapes, _, changed = jax.eval_shape(one, *first, stats)
 
   def body(carry, row):
     total, stats = carry
@@ -47,8 +56,23 @@ def accumulated(update: Update, params: Params, ctx: Context, gather: Gather) ->
     return (jax.tree.map(lambda t, f: t + f / parts, total, found), stats), None
 
   zero = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.result_type(s.dtype, jnp.float32)), shapes)
-  ((loss, metrics, grads), stats), _ = jax.lax.scan(body, (zero, dict(ctx.stats)), rows)
-  return (loss, Aux(metrics, {name: stats[name] for name in changed})), grads
+  (found, stats), _ = jax.lax.scan(body, (zero, stats), rows)
+  return [
+    ((loss, Aux(metrics, {name: after[name] for name in names})), grads)
+    for (loss, metrics, grads), after, names in zip(found, stats, changed, strict=True)
+  ]
+
+
+def by_loss(updates: Sequence[Update]) -> list[Update]:
+  """Updates of one loss as one that is differentiated once, by the groups of all."""
+  passes: list[Update] = []
+  for update in updates:
+    at = next((i for i, u in enumerate(passes) if u.loss == update.loss), None)
+    if at is None:
+      passes.append(update)
+    else:
+      passes[at] = dataclasses.replace(passes[at], wrt=(*passes[at].wrt, *update.wrt))
+  return passes
 
 
 def split(batch: Any, parts: int) -> Any:
@@ -107,28 +131,42 @@ def make_step(
   """
   method, updates = stage.method, stage.method.updates()
   terms: list[str] = []
-  differentiate = gradient if parts == 1 else accumulated
+  order = {update.name: i for i, update in enumerate(updates)}
+  if method.order == 'simultaneous':  # those that run at the same steps go together
+    groups = [[u for u in updates if u.every == every] for every in dict.fromkeys(u.every for u in updates)]
+  else:
+    groups = [[u] for u in updates]
 
-  def run(i: int, update: Update, params: Params, opt: Any, ctx: Context):
-    """One update -> its groups' new parameters, optimiser state, changed stats, metrics."""
-    ctx = ctx.replace(key=jax.random.fold_in(ctx.key, keys.UPDATES + i))
-    (loss, aux), grads = differentiate(update, params, ctx, gather)
-    old = {g: params[g] for g in update.wrt}
-    delta, opt = stage.optim[update.name].update(grads, opt, old)
-    metrics = {'loss': loss, **aux.metrics, 'grad_norm': optax.tree.norm(grads)}
-    return optax.apply_updates(old, delta), opt, dict(aux.stats), metrics
+  def run(group: Sequence[Update], params: Params, opt: Any, ctx: Context):
+    """Updates -> their groups' new parameters, optimiser states, changed stats, metrics."""
+    passes = by_loss(group)
+    ctxs = [ctx.replace(key=jax.random.fold_in(ctx.key, keys.UPDATES + order[u.name])) for u in passes]
+    if parts == 1:
+      found = [gradient(u, params, c, gather) for u, c in zip(passes, ctxs, strict=True)]
+    else:
+      found = accumulated(passes, params, ctxs, gather)
+    moved, states, stats, metrics = {}, {}, {}, {}
+    for update in group:
+      (loss, aux), grads = next(f for u, f in zip(passes, found, strict=True) if u.loss == update.loss)
+      old, grads = ({g: tree[g] for g in update.wrt} for tree in (params, grads))
+      delta, states[update.name] = stage.optim[update.name].update(grads, opt[update.name], old)
+      moved.update(optax.apply_updates(old, delta))
+      stats.update(aux.stats)
+      named = {'loss': loss, **aux.metrics, 'grad_norm': optax.tree.norm(grads)}
+      metrics.update({f'{update.name}/{name}': jnp.asarray(value, jnp.float32) for name, value in named.items()})
+    return moved, states, stats, metrics
 
-  def run_every(i: int, update: Update, params: Params, opt: Any, ctx: Context):
-    if update.every == 1:
-      return run(i, update, params, opt, ctx)
-    took = functools.partial(run, i, update)
+  def run_every(group: Sequence[Update], params: Params, opt: Any, ctx: Context):
+    if group[0].every == 1:
+      return run(group, params, opt, ctx)
+    took = functools.partial(run, group)
     shapes = jax.eval_shape(took, params, opt, ctx)
 
     def skip(params, opt, ctx):
       stats = {name: ctx.stats[name] for name in shapes[2]}
-      return {g: params[g] for g in update.wrt}, opt, stats, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes[3])
+      return {g: params[g] for g in shapes[0]}, opt, stats, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes[3])
 
-    return jax.lax.cond(ctx.step % update.every == 0, took, skip, params, opt, ctx)
+    return jax.lax.cond(ctx.step % group[0].every == 0, took, skip, params, opt, ctx)
 
   def step(state: TrainState, health: Health, key: Key, raw: Any):
     key = jax.random.fold_in(key, state.step)
@@ -148,16 +186,14 @@ def make_step(
     ctx = ctx.replace(shared=shared, carry=carry)
 
     params, stats, opt, metrics = dict(state.params), dict(state.stats), dict(state.opt), {}
-    for i, update in enumerate(updates):
-      if method.order == 'simultaneous':
-        new, opt[update.name], changed, found = run_every(i, update, state.params, opt[update.name], ctx)
-      else:
-        new, opt[update.name], changed, found = run_every(
-          i, update, params, opt[update.name], ctx.replace(stats=stats)
-        )
+    for group in groups:
+      before = {u.name: opt[u.name] for u in group}
+      seen = (state.params, ctx) if method.order == 'simultaneous' else (params, ctx.replace(stats=stats))
+      new, after, changed, found = run_every(group, seen[0], before, seen[1])
       params.update(new)
+      opt.update(after)
       stats.update(changed)
-      metrics.update({f'{update.name}/{name}': jnp.asarray(value, jnp.float32) for name, value in found.items()})
+      metrics.update(found)
 
     decay = {g: jnp.minimum(d, (1.0 + state.step) / (EMA_WARMUP + state.step)) for g, d in stage.ema.items()}
     ema = {g: optax.incremental_update(params[g], state.ema[g], 1.0 - d) for g, d in decay.items()}
