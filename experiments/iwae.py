@@ -20,6 +20,7 @@ samples of 1,000:
   stl -22.28 1.40 188   iwae_dreg -22.28 2.00 190   dreg -22.26 1.35 190
 in the order of Rainforth et al.: the generative model is best under IWAE and PIWAE, the posterior under the VAE, MIWAE between.
 MNIST, --sweep=burda, one seed, -log p by 5,000 samples: 86.30, 85.76, 85.30 for K = 1, 5, 50; the paper has 86.76, 85.54, 84.78.
+--sweep=rainforth is too short as it stands: its IWAE row ends at 85.72, the paper has 84.52; the other four were not run.
 
 `likelihood/iwae` is the bound with the K of the table, `likelihood/posterior_kl` that minus the ELBO. The study of gradient
 signal-to-noise ratios is experiments/iwae_snr.py.
