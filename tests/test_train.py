@@ -111,6 +111,32 @@ def test_simultaneous_updates_of_one_loss_are_one_pass(order, passes):
   assert (metrics['ua/noise'] == metrics['ub/noise']) == (passes == 1)
 
 
+@pytest.mark.parametrize('parts', [1, 2])
+def test_updates_that_share_a_pass_may_each_have_a_loss(parts):
+  """Each descends its own: from the other's no gradient comes, though both losses read all parameters."""
+  traced = []
+
+  def loss(params, ctx):
+    traced.append(ctx)
+    both = params['a'] * params['b']
+    return {'ua': 3.0 * both, 'ub': both**2}, Aux({'twice': {'ua': 6.0 * both, 'ub': 2.0 * both**2}, 'product': both})
+
+  raw = {'image': np.zeros((4, 2, 2, 1), np.uint8)}
+  pair = stage((Update('ua', ('a',), loss), Update('ub', ('b',), loss)))
+  first = stepping.init_state(pair, preprocess.make(), keys.root(0), raw)
+  function, terms = stepping.make_step(pair, preprocess.make(), parts)
+  state, _, metrics = jax.jit(function)(first, stepping.healthy(), keys.root(0), raw)
+  np.testing.assert_allclose(state.params['a'], 1 - RATE * 3.0 * 2, rtol=1e-6)
+  np.testing.assert_allclose(state.params['b'], 2 - RATE * 2 * (1 * 2) * 1, rtol=1e-6)
+  assert len(traced) == parts  # in parts once for its shapes, once in the loop
+  found = {name: float(value) for name, value in metrics.items()}
+  assert found == {
+    **{'ua/loss': 6.0, 'ua/twice': 12.0, 'ua/product': 2.0, 'ua/grad_norm': 6.0},
+    **{'ub/loss': 4.0, 'ub/twice': 8.0, 'ub/product': 2.0, 'ub/grad_norm': 4.0},
+  }
+  assert set(terms) == set(found)
+
+
 def test_every_runs_on_its_steps_alone_and_reports_only_then(tmp_path):
   lazy = (quadratic('ua', ('a',), lambda p: 0.0), quadratic('ub', ('b',), lambda p: 0.0, every=3))
   run = make_run(tmp_path, stage(lazy, steps=5))

@@ -154,18 +154,20 @@ class Context:
 class Aux(NamedTuple):
   """What a loss returns beside its value."""
 
-  metrics: Mapping[str, Array] = {}  # scalars, nats unless the name says otherwise
+  metrics: Mapping[str, Array | Mapping[str, Array]] = {}  # scalars, nats unless the name says otherwise
   stats: Mapping[str, Any] = {}  # entries of `ctx.stats` that changed
 
 
-LossFn = Callable[[Params, Context], tuple[Array, Aux]]
+LossFn = Callable[[Params, Context], tuple[Array | Mapping[str, Array], Aux]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Update:
   """One gradient update: `loss` is minimised over the parameter groups `wrt`, on every `every`-th step.
 
-  Simultaneous updates of one and the same loss are one pass, with one key, of which each takes its groups' gradients.
+  Simultaneous updates of one and the same loss are one pass, with one key, of which each takes its groups' gradients. Updates that
+  differ in what they descend but share the forward pass name one function too: what it gives as {update's name: scalar}, its loss
+  or a metric, holds each update's own.
   """
 
   name: str

@@ -116,8 +116,8 @@ def snr(method, params, stats, batch, key: jax.Array, draws: int, chunk: int) ->
 
   def gradients(key):
     ctx = Context(batch=batch, key=key, step=jnp.zeros((), jnp.int32), stats=stats)
-    ctx = ctx.replace(shared=method.prepare(params, ctx)[0])
-    return {u.name: stepping.gradient(u, params, ctx)[1] for u in method.updates()}
+    passes = [stepping.gradients(updates, params, ctx)[0] for updates in stepping.by_loss(method.updates())]
+    return {name: grads for found in passes for name, (_, grads) in found.items()}
 
   def add(i, sums):
     found = jax.vmap(gradients)(jax.random.split(jax.random.fold_in(key, i), chunk))

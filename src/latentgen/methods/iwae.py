@@ -9,6 +9,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from latentgen import losses
 from latentgen.distributions import Normal
@@ -33,7 +34,7 @@ class IWAE(LatentMethod):
   stl        mean of M IWAEs with K samples               along the samples' path alone, weights w~
   dreg       mean of M IWAEs with K samples               along the path alone, weights (1 - 2 alpha) w~^2 + alpha w~
 
-  Both read one forward pass: `prepare` hands them the same key.
+  Both are one forward pass.
 
   Args:
     net: any LatentNet; 'stl' and 'dreg' need one group with a Gaussian posterior.
@@ -61,24 +62,16 @@ class IWAE(LatentMethod):
         )
     return variables
 
-  def prepare(self, params: Params, ctx: Context) -> tuple[Any, Any]:
-    del params
-    return ctx.key, ctx.carry
-
   def updates(self) -> tuple[Update, ...]:
-    inference = self.inference if self.objective in ('piwae', *PATHWISE) else self.generation  # of one loss: one backward pass
-    return (Update('generation', ('decoder',), self.generation), Update('inference', ('encoder',), inference))
+    return (Update('generation', ('decoder',), self.loss), Update('inference', ('encoder',), self.loss))
 
-  def _pass(self, params: Params, ctx: Context) -> tuple[Trace, Any]:
-    return self.infer(params, ctx.stats, ctx.batch['image'], ctx.shared, self.outer * self.samples, train=True)
-
-  def bound(self, log_w: Array, group: str) -> Array:
-    """What the update of that group ascends, log_w [m k, b] -> [b]; for 'stl' and 'dreg' the bound, not the surrogate."""
+  def bound(self, log_w: Array, update: str) -> Array:
+    """What that update ascends, log_w [m k, b] -> [b]; for 'stl' and 'dreg' the bound, not the surrogate."""
     if self.objective == 'vae':
       return log_w.mean(0)
     if self.objective == 'ciwae':
       return losses.ciwae(log_w, self.beta)
-    if self.objective == 'iwae' or (self.objective == 'piwae' and group == 'decoder'):
+    if self.objective == 'iwae' or (self.objective == 'piwae' and update == 'generation'):
       return losses.iwae(log_w)
     return losses.miwae(self._split(log_w))
 
@@ -86,24 +79,23 @@ class IWAE(LatentMethod):
     """[m k, b] -> [m, k, b]."""
     return log_w.reshape(self.outer, self.samples, -1)
 
-  def generation(self, params: Params, ctx: Context) -> tuple[Array, Aux]:
-    trace, stats = self._pass(params, ctx)
+  def loss(self, params: Params, ctx: Context) -> tuple[dict[str, Array] | Array, Aux]:
+    trace, stats = self.infer(params, ctx.stats, ctx.batch['image'], ctx.key, self.outer * self.samples, train=True)
     log_w = trace.log_weight()
-    bound = self.bound(log_w, 'decoder').mean()
+    bound = {update: self.bound(log_w, update).mean() for update in ('generation', 'inference')}
     metrics = {'bound': bound, 'elbo': log_w.mean(), 'ess': losses.effective_sample_size(log_w).mean()}
-    return -bound, Aux(metrics, stats)
+    if self.objective in PATHWISE:
+      ascended = {**bound, 'inference': self.surrogate(trace).mean()}
+    else:
+      ascended = bound if self.objective == 'piwae' else bound['generation']  # one backward pass does for both
+    return jax.tree.map(jnp.negative, ascended), Aux(metrics, stats)
 
-  def inference(self, params: Params, ctx: Context) -> tuple[Array, Aux]:
-    trace, _ = self._pass(params, ctx)
-    if self.objective not in PATHWISE:
-      bound = self.bound(trace.log_weight(), 'encoder').mean()
-      return -bound, Aux({'bound': bound})
+  def surrogate(self, trace: Trace) -> Array:
+    """What the encoder ascends along the samples' path alone, of that gradient and no meaning as a bound; [m, b]."""
     log_w = self._split(pathwise_log_weight(trace))
     if self.objective == 'stl':
-      surrogate = jax.vmap(losses.sticking_the_landing)(log_w)
-    else:
-      surrogate = jax.vmap(lambda w: losses.doubly_reparameterised(w, self.alpha))(log_w)
-    return -surrogate.mean(), Aux({'bound': self.bound(trace.log_weight(), 'encoder').mean()})
+      return jax.vmap(losses.sticking_the_landing)(log_w)
+    return jax.vmap(lambda w: losses.doubly_reparameterised(w, self.alpha))(log_w)
 
   def metrics(self, params: Params, ctx: Context) -> dict[str, Array]:
     trace, _ = self.infer(params, ctx.stats, ctx.batch['image'], ctx.key, self.outer * self.samples)

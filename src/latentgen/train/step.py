@@ -1,7 +1,6 @@
-"""One training step: every method's updates through the package's only `value_and_grad`."""
+"""One training step: every method's updates through the package's only reverse pass."""
 
-from collections.abc import Callable, Sequence
-import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 import functools
 from typing import Any
 
@@ -20,27 +19,51 @@ Gather = Callable[[Params], Params]  # makes parameters that are split over devi
 EMA_WARMUP = 10.0  # average over min(decay, (1 + t) / (10 + t)), so that early averages forget the initialisation
 
 
-def gradient(update: Update, params: Params, ctx: Context, gather: Gather = lambda p: p) -> tuple[tuple[Array, Aux], Params]:
+def own(value: Any, update: Update) -> Array:
+  """That update's, of a loss or metric that may have one for each."""
+  return value[update.name] if isinstance(value, Mapping) else value
+
+
+def gradients(
+  updates: Sequence[Update], params: Params, ctx: Context, gather: Gather = lambda p: p
+) -> tuple[dict[str, tuple[Array, Params]], Aux]:
+  """Of updates with one loss, by one forward pass: ({update: (its loss, gradient over the groups of its `wrt`)}, aux)."""
+  moved = {g: params[g] for update in updates for g in update.wrt}
+  loss, pullback, aux = jax.vjp(lambda p: updates[0].loss(gather({**params, **p}), ctx), moved, has_aux=True)
+  names = tuple(loss) if isinstance(loss, Mapping) else ()
+
+  def back(update: Update | None) -> Params:
+    if update is None:
+      return pullback(jnp.ones((), loss.dtype))[0]
+    return pullback({name: jnp.asarray(name == update.name, loss[name].dtype) for name in names})[0]
+
+  common = None if names else back(None)
+  trees = {update.name: back(update) if names else common for update in updates}
+  return {u.name: (own(loss, u), {g: trees[u.name][g] for g in u.wrt}) for u in updates}, aux
+
+
+def gradient(update: Update, params: Params, ctx: Context) -> tuple[tuple[Array, Aux], Params]:
   """((loss, aux), gradient over the groups of `update.wrt`)."""
-  moved = {g: params[g] for g in update.wrt}
-  return jax.value_and_grad(lambda p: update.loss(gather({**params, **p}), ctx), has_aux=True)(moved)
+  found, aux = gradients((update,), params, ctx)
+  loss, grads = found[update.name]
+  return (loss, aux), grads
 
 
 def accumulated(
-  updates: Sequence[Update], params: Params, ctxs: Sequence[Context], gather: Gather
-) -> list[tuple[tuple[Array, Aux], Params]]:
-  """As `gradient` of every update, of the mean over the parts on the first axis of `batch` and `shared`, of which one is held at a time.
+  passes: Sequence[Sequence[Update]], params: Params, ctxs: Sequence[Context], gather: Gather
+) -> list[tuple[dict[str, tuple[Array, Params]], Aux]]:
+  """As `gradients` of every pass, of the mean over the parts on the first axis of `batch` and `shared`, of which one is held at a time.
 
-  Every part has noise of its own; changes of statistics go from part to part. What the updates have in common is computed once: they
+  Every part has noise of its own; changes of statistics go from part to part. What the passes have in common is computed once: they
   go through a part together.
   """
 
   def one(i: Array, batch: Any, shared: Any, stats: Any):
     found, after, changed = [], [], []
-    for update, ctx, before in zip(updates, ctxs, stats, strict=True):
+    for updates, ctx, before in zip(passes, ctxs, stats, strict=True):
       part = ctx.replace(batch=batch, shared=shared, key=jax.random.fold_in(ctx.key, i), stats=before)
-      (loss, aux), grads = gradient(update, params, part, gather)
-      found.append((loss, dict(aux.metrics), grads))
+      each, aux = gradients(updates, params, part, gather)
+      found.append((each, dict(aux.metrics)))
       after.append({**before, **aux.stats})
       changed.append(dict(aux.stats))
     return found, after, changed
@@ -58,20 +81,20 @@ def accumulated(
   zero = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.result_type(s.dtype, jnp.float32)), shapes)
   (found, stats), _ = jax.lax.scan(body, (zero, stats), rows)
   return [
-    ((loss, Aux(metrics, {name: after[name] for name in names})), grads)
-    for (loss, metrics, grads), after, names in zip(found, stats, changed, strict=True)
+    (each, Aux(metrics, {name: after[name] for name in names}))
+    for (each, metrics), after, names in zip(found, stats, changed, strict=True)
   ]
 
 
-def by_loss(updates: Sequence[Update]) -> list[Update]:
-  """Updates of one loss as one that is differentiated once, by the groups of all."""
-  passes: list[Update] = []
+def by_loss(updates: Sequence[Update]) -> list[list[Update]]:
+  """Updates of one loss together: they are one forward pass."""
+  passes: list[list[Update]] = []
   for update in updates:
-    at = next((i for i, u in enumerate(passes) if u.loss == update.loss), None)
-    if at is None:
-      passes.append(update)
+    same = next((found for found in passes if found[0].loss == update.loss), None)
+    if same is None:
+      passes.append([update])
     else:
-      passes[at] = dataclasses.replace(passes[at], wrt=(*passes[at].wrt, *update.wrt))
+      same.append(update)
   return passes
 
 
@@ -140,20 +163,21 @@ def make_step(
   def run(group: Sequence[Update], params: Params, opt: Any, ctx: Context):
     """Updates -> their groups' new parameters, optimiser states, changed stats, metrics."""
     passes = by_loss(group)
-    ctxs = [ctx.replace(key=jax.random.fold_in(ctx.key, keys.UPDATES + order[u.name])) for u in passes]
+    ctxs = [ctx.replace(key=jax.random.fold_in(ctx.key, keys.UPDATES + order[updates[0].name])) for updates in passes]
     if parts == 1:
-      found = [gradient(u, params, c, gather) for u, c in zip(passes, ctxs, strict=True)]
+      found = [gradients(updates, params, c, gather) for updates, c in zip(passes, ctxs, strict=True)]
     else:
       found = accumulated(passes, params, ctxs, gather)
     moved, states, stats, metrics = {}, {}, {}, {}
-    for update in group:
-      (loss, aux), grads = next(f for u, f in zip(passes, found, strict=True) if u.loss == update.loss)
-      old, grads = ({g: tree[g] for g in update.wrt} for tree in (params, grads))
-      delta, states[update.name] = stage.optim[update.name].update(grads, opt[update.name], old)
-      moved.update(optax.apply_updates(old, delta))
+    for updates, (each, aux) in zip(passes, found, strict=True):
       stats.update(aux.stats)
-      named = {'loss': loss, **aux.metrics, 'grad_norm': optax.tree.norm(grads)}
-      metrics.update({f'{update.name}/{name}': jnp.asarray(value, jnp.float32) for name, value in named.items()})
+      for update in updates:
+        loss, grads = each[update.name]
+        old = {g: params[g] for g in update.wrt}
+        delta, states[update.name] = stage.optim[update.name].update(grads, opt[update.name], old)
+        moved.update(optax.apply_updates(old, delta))
+        named = {'loss': loss, **{name: own(value, update) for name, value in aux.metrics.items()}, 'grad_norm': optax.tree.norm(grads)}
+        metrics.update({f'{update.name}/{name}': jnp.asarray(value, jnp.float32) for name, value in named.items()})
     return moved, states, stats, metrics
 
   def run_every(group: Sequence[Update], params: Params, opt: Any, ctx: Context):
