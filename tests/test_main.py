@@ -176,6 +176,23 @@ def test_data_can_come_from_elsewhere_by_flags(tmp_path):
     assembly.build_data(sections.plain(config.data), 0)
 
 
+def test_a_key_of_one_section_leaves_another_that_was_made_from_the_same_dict(tmp_path):
+  """References say that keys go together; sections that happen to be one object do not."""
+  (tmp_path / 'twins.py').write_text(
+    'from ml_collections import ConfigDict\n'
+    'def get_config(variant):\n'
+    '  both = dict(rate=1.0, inner=dict(width=2))\n'
+    '  c = ConfigDict(dict(data={}, one=both, other=both, rate=3.0))\n'
+    '  c.follows = c.get_ref("rate")\n'
+    '  return c\n'
+  )
+  _, config = configs.load(str(tmp_path / 'twins.py'))
+  configs.override(config, {'one.rate': '5.0', 'other.inner.width': '7', 'rate': '4.0'})
+  assert config.one.to_dict() == {'rate': 5.0, 'inner': {'width': 2}}
+  assert config.other.to_dict() == {'rate': 1.0, 'inner': {'width': 7}}
+  assert config.follows == config.rate == 4.0
+
+
 # ---------------------------------------------------------------------------------------------- whole runs
 
 

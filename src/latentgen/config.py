@@ -73,8 +73,8 @@ def load(spec: str) -> tuple[File, ConfigDict]:
   try:
     config = module.get_config(variant)
     if isinstance(config, ConfigDict):
-      with config.unlocked():
-        config.debug = ConfigDict({**DEBUG, **config.get('debug', {})})
+      config = _unshared(config)
+      config.debug = ConfigDict({**DEBUG, **config.get('debug', {})})
     plain(config)  # references that lead nowhere show here
   except (Exception, SystemExit) as error:
     raise UserError(f'--config: {name}: get_config({variant!r}) failed: {one_line(error)}') from error
@@ -82,6 +82,14 @@ def load(spec: str) -> tuple[File, ConfigDict]:
     got = type(config).__name__
     raise UserError(f'--config: {name}: get_config({variant!r}) returned {got}, need an ml_collections.ConfigDict')
   return File(path, variant, module), config.lock()
+
+
+def _unshared(config: ConfigDict) -> ConfigDict:
+  """A copy in which two sections that are one dict are two, so that setting a key of one leaves the other; references stay."""
+  copy = ConfigDict()
+  for key, value in config.items(preserve_field_references=True):
+    copy[key] = _unshared(value) if isinstance(value, ConfigDict) else value
+  return copy
 
 
 def override(config: ConfigDict, values: Mapping[str, Any]) -> None:
