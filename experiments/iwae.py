@@ -16,8 +16,8 @@ Sweeps     --sweep=objectives: final bounds, KL(q || p(z | x)) and effective sam
 
 Measured by --sweep=objectives (250 test images, one seed): the bound with K = 1,000 in nats, this minus the ELBO, effective
 samples of 1,000:
-  vae -22.60 0.45 434   iwae -22.31 2.50 167   miwae -22.39 0.91 285   piwae -22.27 1.59 178   ciwae -22.46 0.46 328
-  stl -22.28 1.40 188   iwae_dreg -22.28 2.00 190   dreg -22.26 1.35 190
+  vae -22.59 0.48 449   iwae -22.30 2.27 181   miwae -22.37 0.83 286   piwae -22.31 1.39 177   ciwae -22.46 0.63 322
+  stl -22.26 1.16 189   iwae_dreg -22.30 1.44 186   dreg -22.30 1.27 183
 in the order of Rainforth et al.: the generative model is best under IWAE and PIWAE, the posterior under the VAE, MIWAE between.
 MNIST, --sweep=burda, one seed, -log p by 5,000 samples: 86.30, 85.76, 85.30 for K = 1, 5, 50; the paper has 86.76, 85.54, 84.78.
 --sweep=rainforth, one seed, log p by 5,000 samples, here and in the paper (more in docs/results.md):
