@@ -183,7 +183,7 @@ def pipeline(bench: Bench) -> Row:
 def loop(bench: Bench) -> Row:
   found = bench.ours('loop', bench.folder / 'loop')
   what = '1,000 steps of the MLP VAE in the loop, with batches and logs / the compiled step alone, wall seconds, medians of 9 pairs'
-  figure = f'{found["loop"]:.2f} / {found["step"]:.2f}: **{found["over"]:+.1%}**; a batch handed to a compiled function takes a core {1e6 * found["batch"]:.0f} us'
+  figure = f'{found["loop"]:.2f} / {found["step"]:.2f}: **{found["over"]:+.1%}**; a batch and its transfer take a core {1e6 * found["batch"]:.0f} us'
   return what, figure, '< +5 %'
 
 
