@@ -6,11 +6,13 @@ full disk). 143: stopped by SIGTERM with everything saved, to be started again.
 
 import argparse
 from collections.abc import Mapping, Sequence
+import ctypes
 import errno
 import gc
 import math
 import os
 import pathlib
+import signal
 import sys
 from typing import Any, NoReturn
 
@@ -19,6 +21,7 @@ from latentgen.errors import Preempted, SaveFailed, TrainingDiverged, UserError,
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 PREEMPTED = 128 + 15
+AGAIN = 'if another process has gone, start all again: the same command goes on from the last checkpoint'
 EXPLICIT = 'set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or --distributed=off'
 MODES = ('train', 'evaluate', 'sample', 'estimate', 'collect')
 
@@ -130,6 +133,23 @@ def start_jax(distributed: str) -> None:
       raise
     except (ValueError, RuntimeError) as error:
       raise UserError(f'--distributed={distributed}: {_line(error)}; {EXPLICIT}') from error
+    _leave_when_aborted()
+
+
+def _leave_when_aborted() -> None:
+  """Where another process has gone, the runtime aborts this one: then it ends with a line and status 1 of its own.
+
+  Python's own handlers run in the main thread, which may be waiting for the other process: this one runs in the thread that aborts.
+  """
+
+  @ctypes.CFUNCTYPE(None, ctypes.c_int)
+  def leave(_: int) -> None:
+    _leave(1, f'aborted by the runtime of JAX; {AGAIN}')
+
+  libc = ctypes.CDLL(None)
+  libc.signal.argtypes = (ctypes.c_int, type(leave))
+  libc.signal(signal.SIGABRT, leave)
+  _leave_when_aborted.handler = leave  # it must outlive this call
 
 
 def main(argv: Sequence[str]) -> None:
@@ -200,7 +220,7 @@ def cli() -> None:
   except RuntimeError as error:  # what the runtime of JAX raises
     if not _several():
       raise
-    _leave(1, f'{_line(error)}; if another process has gone, start all again: the same command goes on from the last checkpoint')
+    _leave(1, f'{_line(error)}; {AGAIN}')
 
 
 def _several() -> bool:

@@ -183,9 +183,13 @@ class Checkpoints:
         raise self._failed(error) from error
 
   def close(self) -> None:
-    if self._manager is not None:
-      self._manager.close()
-      self._manager = None
+    """Waits for the last save, as `wait`, and raises as it does."""
+    manager, self._manager = self._manager, None
+    if manager is not None:
+      try:
+        manager.close()
+      except Exception as error:
+        raise self._failed(error) from error
 
 
 def _reason(error: Exception) -> str:
