@@ -329,9 +329,9 @@ def loop(folder: str) -> dict[str, float]:
   Metrics.write = watched
   pairs = [(whole(pathlib.Path(folder) / str(i)), bare()) for i in range(9)]
   found = dict(zip(('loop', 'step', 'over'), map(statistics.median, zip(*((a, b, a / b - 1) for a, b in pairs))), strict=True))
-  idle = run(pathlib.Path(folder))
+  idle, take = run(pathlib.Path(folder)), jax.jit(lambda raw: raw)
   batches = idle.iterator(stage)
-  return {**found, 'batch': timing.cpu_seconds(lambda: jax.block_until_ready(idle.put(next(batches))))}
+  return {**found, 'batch': timing.cpu_seconds(lambda: jax.block_until_ready(take(idle.feed(next(batches)))))}
 
 
 def checkpoint(folder: str) -> dict[str, float]:

@@ -370,16 +370,16 @@ def test_an_interrupted_run_ends_as_an_undisturbed_one_to_the_bit(tmp_path):
     return loop.Run((stage,), data, lambda key, batch, train: batch, mesh, tmp_path / folder, settings)
 
   loop.train(build('whole'))
-  run, calls, put = build('broken'), [], loop.Run.put
+  run, calls, feed = build('broken'), [], loop.Run.feed
 
   def counted(self, batch):
     calls.append(1)
     if len(calls) == 5:  # one to initialise, three steps
       raise InterruptedError
-    return put(self, batch)
+    return feed(self, batch)
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(loop.Run, 'put', counted)
+    patch.setattr(loop.Run, 'feed', counted)
     with pytest.raises(InterruptedError):
       loop.train(run)
   loop.train(run)

@@ -58,17 +58,17 @@ def cut(folder):
 
 @pytest.mark.parametrize('batch', [4, 9, 11, 13])
 def test_sigterm_saves_at_once_and_the_same_command_goes_on(tmp_path, monkeypatch, whole, batch):
-  run, put, calls = two_stages(tmp_path), loop.Run.put, []
+  run, feed, calls = two_stages(tmp_path), loop.Run.feed, []
 
   def counted(self, raw):
     calls.append(1)
     if len(calls) == batch:
       os.kill(os.getpid(), signal.SIGTERM)
-    return put(self, raw)
+    return feed(self, raw)
 
   before = signal.getsignal(signal.SIGTERM)
   with monkeypatch.context() as patch:
-    patch.setattr(loop.Run, 'put', counted)
+    patch.setattr(loop.Run, 'feed', counted)
     with pytest.raises(Preempted, match=r'goes on from step \d of .(first|second)') as stopped:
       loop.train(run)
   assert signal.getsignal(signal.SIGTERM) is before

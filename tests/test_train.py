@@ -292,16 +292,16 @@ def test_resumed_run_equals_uninterrupted_run_to_the_bit(tmp_path):
 
   for stop_after in (6, 4, 3):  # in the first stage, in the first again, in the second
     calls = []
-    put = loop.Run.put
+    feed = loop.Run.feed
 
-    def counted(self, batch, calls=calls, stop_after=stop_after, put=put):
+    def counted(self, batch, calls=calls, stop_after=stop_after, feed=feed):
       calls.append(1)
       if len(calls) > stop_after:
         raise Stop
-      return put(self, batch)
+      return feed(self, batch)
 
     with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(loop.Run, 'put', counted)
+      patch.setattr(loop.Run, 'feed', counted)
       with pytest.raises(Stop):
         loop.train(broken)
   loop.train(broken)

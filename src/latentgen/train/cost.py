@@ -80,8 +80,9 @@ def _inner(params: Any) -> list[Any]:
 
 
 def bytes_per_device(tree: Any) -> int:
-  """Of a tree of shapes with shardings."""
-  return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree))
+  """Of a tree of shapes; one without a sharding is whole on its device."""
+  held = lambda a: a.sharding.shard_shape(a.shape) if a.sharding else a.shape
+  return sum(math.prod(held(a)) * a.dtype.itemsize for a in jax.tree.leaves(tree))
 
 
 def human(size: float) -> str:
