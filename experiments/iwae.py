@@ -119,7 +119,13 @@ def get_config(variant: str = '') -> ConfigDict:
   config.image_shape = (28, 28, 1)  # for --mode=estimate, which does without data
   config.train.checkpoint_every_steps = 10_000
   config.paper = tuple(
-    dict(name=f'MNIST, trained with K = {k}: bound, nats', paper=nats, ours='likelihood/iwae', note='K = 5,000')
+    dict(
+      name=f'MNIST, trained with K = {k}: bound, nats',
+      paper=nats,
+      ours='likelihood/iwae',
+      note='K = 5,000',
+      when={'stages.iwae.method.objective': 'iwae', 'stages.iwae.method.outer': 1, 'stages.iwae.method.samples': k},
+    )
     for k, nats in PAPER[variant].items()
   )
   if variant == 'mnist_short':

@@ -21,6 +21,9 @@ Deviations from the paper:
 """
 
 
+KEPT = {'model.name': '<script>alert(2)</script>'}
+
+
 def inputs(folder):
   rng = np.random.default_rng(0)
   images = {
@@ -47,6 +50,8 @@ def inputs(folder):
     paper=[
       {'name': 'log-likelihood', 'paper': -78.1, 'ours': 'likelihood/iwae', 'note': 'K = 1000'},
       {'name': 'FID', 'paper': 24.08, 'ours': 'nothing/here', 'note': None},
+      {'name': 'row of this run', 'paper': 1.5, 'when': KEPT},
+      {'name': 'row of another run', 'paper': 2.5, 'when': {**KEPT, 'model.depth': 3}},
     ],
     command="python -m latentgen.main '--config.a=<x>'",
   )
@@ -72,6 +77,7 @@ def test_report_escapes_and_says_what_it_must(tmp_path):
   assert 'A title of &lt;b&gt;some&lt;/b&gt; experiment</h1>' in text
   assert '-78.012' in text and '0.035' in text and '10,000' in text and '-78.1' in text
   assert 'not measured' in text and 'K = 1000' in text and 'critic &amp; co' in text
+  assert 'row of this run' in text and 'row of another run' not in text
   assert '--config.a=&lt;x&gt;' in text
   assert text.index('Before &lt;script') < text.index('Beside the paper') < text.index('Samples.')  # before/after first
   assert text.index('>vae<') < text.index('>nce<')  # stages in the order they ran

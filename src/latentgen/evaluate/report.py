@@ -46,7 +46,8 @@ def write(
     pictures: [{'title', 'caption', 'path'}] as `write_pictures` returns them; paths absolute or below workdir. One
       whose file is named before_after comes first.
     metrics: rows of metrics.jsonl: {'step', 'stage', 'split', name: number ...}.
-    paper: the paper's numbers, rows {'name', 'paper', 'ours': a name in results, or a list of such names, 'note'}.
+    paper: the paper's numbers, rows {'name', 'paper', 'ours': a name in results, or a list of such names, 'note'}; a row with
+      'when', {dotted config key: value}, is shown if the run had these values.
     command: what repeats the run.
     tables: shown above what ran.
 
@@ -61,18 +62,19 @@ def write(
   settings = config['config'] if isinstance(config.get('config'), Mapping) else config
   known = META if settings is not config else ()
   meta = [(name, summary(config[name])) for name in known if config.get(name) not in (None, '', {})]
+  chosen = flatten(settings)
   page = environment().get_template('report.html.jinja').render(
     title=title or workdir.name,
     run=workdir.name,
     about=about,
     deviations=deviations,
     meta=meta,
-    settings=flatten(settings),
+    settings=chosen,
     lead=lead,
     pictures=[p for p in shown if p is not lead],
     curves=curves(metrics),
     groups=grouped(results),
-    paper=[beside(row, results) for row in paper],
+    paper=[beside(row, results) for row in paper if {k: str(v) for k, v in row.get('when', {}).items()}.items() <= dict(chosen).items()],
     command=command,
     tables=list(tables),
   )
