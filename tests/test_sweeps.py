@@ -63,6 +63,14 @@ def test_the_table_has_the_swept_keys_first(tmp_path):
   ]
 
 
+def test_what_is_alike_in_all_runs_stands_apart(tmp_path):
+  place(tmp_path)
+  sweeps.collect(experiment(), 'beta', [{'train.accumulate': 20, **overrides} for overrides in SETS], tmp_path)
+  text = (tmp_path / 'beta.md').read_text()
+  assert '| run | model.scale | likelihood/elbo | likelihood/rate |\n' in text
+  assert text.endswith('## Overridden alike in all runs\n\n| key | value |\n| --- | --- |\n| train.accumulate | 20 |\n')
+
+
 def test_seeds_have_mean_and_spread(tmp_path):
   values = [(1.25, 2.0), (2.5, 2.0), (4.5, 5.0)]
   place(tmp_path, 'seeds', values)

@@ -95,7 +95,10 @@ def collect(file: File, name: str, sets: Sequence[Mapping[str, Any]], workdir: p
       hint = 'train it first' if isinstance(error, FileNotFoundError) else f'cannot be read ({type(error).__name__})'
       raise UserError(f'--workdir: run {i} of sweep {name!r} has no results: {path}; {hint}') from error
     members.append(Member(f'{name}-{i}', overrides, results))
-  tables = {'Runs': runs_table(members, keys, listed), 'All results': results_table(members, keys)}
+  different = [k for k in keys if len({_text(m.overrides.get(k, '')) for m in members}) > 1] or keys
+  tables = {'Runs': runs_table(members, different, listed), 'All results': results_table(members, keys)}
+  if different != keys:
+    tables['Overridden alike in all runs'] = ['key', 'value'], [[k, _text(sets[0].get(k, ''))] for k in keys if k not in different]
   if set(keys) > {'seed'}:
     tables = {'Mean and standard deviation over seeds': seeds_table(members, keys), **tables}
   title = f'{file.name}, sweep {name}'
