@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_train import make_run, noisy, one_step, stage
+from test_train import Toy, make_run, noisy, one_step, stage
 
 from latentgen.errors import Damaged, Preempted, TrainingDiverged, UserError
 from latentgen.train import checkpoint, loop
 from latentgen.train.writers import Metrics
-from latentgen.types import Aux, Context, Update
+from latentgen.types import Aux, Context, Stage, Update
 
 
 def two_stages(folder, **settings):
@@ -78,6 +78,18 @@ def test_sigterm_saves_at_once_and_the_same_command_goes_on(tmp_path, monkeypatc
   same(whole, run)
 
 
+def test_sigterm_in_a_stage_of_closed_form_is_heard_after_it(tmp_path):
+  def fit(variables, batches, key):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return {'params': {'a': np.float32(3.0)}}
+
+  fitted = Stage('fitted', Toy(groups=('a',)), {}, 0, fit=fit)
+  run = make_run(tmp_path, fitted)
+  with pytest.raises(Preempted, match="goes on after 'fitted'"):
+    loop.train(run)
+  assert loop.finished(run, fitted) and loop.load_variables(run, fitted)['params']['a'] == 3.0
+
+
 def test_a_step_saved_without_validation_is_no_end_of_patience(tmp_path):
   """Steps that SIGTERM saves have no metric: only those at which an undisturbed run looks count."""
   best = dataclasses.replace(stage((noisy(),), steps=20), best='distance', patience_steps=4)
@@ -125,6 +137,35 @@ def test_what_a_finished_stage_handed_on_is_trained_again_if_damaged(tmp_path, w
     loop.load_variables(run, run.recipe[1])
   loop.train(run)
   jax.tree.map(np.testing.assert_array_equal, *(loop.load_variables(r, r.recipe[1])['params']['c'] for r in (whole, run)))
+
+
+@pytest.mark.parametrize('error', [MemoryError(), PermissionError(13, 'no'), OSError(24, 'many'), RuntimeError('RESOURCE_EXHAUSTED: x')])
+def test_a_checkpoint_that_there_is_no_room_to_read_is_left(tmp_path, monkeypatch, error):
+  run = make_run(tmp_path, stage((noisy(),), steps=4))
+  loop.train(run)
+
+  def fail(*_, **__):
+    raise ValueError('while reading') from error
+
+  monkeypatch.setattr('orbax.checkpoint.CheckpointManager.restore', fail)
+  with pytest.raises(UserError, match='cannot be read here .* stays as it is') as found:
+    loop.train(make_run(tmp_path, *run.recipe))
+  assert not isinstance(found.value, Damaged) and run.checkpoints(run.recipe[0]).latest() == 4
+
+
+def test_a_kill_before_the_first_checkpoint_leaves_no_row_twice(tmp_path, monkeypatch):
+  run = make_run(tmp_path, dataclasses.replace(stage((noisy(),), steps=4), best='distance'))
+
+  def die(*_):
+    raise InterruptedError
+
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoint.Checkpoints, 'save', die)
+    with pytest.raises(InterruptedError):
+      loop.train(run)
+  loop.train(run)
+  rows = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
+  assert [r['step'] for r in rows if r['split'] == 'valid'] == [0, 2, 4]
 
 
 def test_a_checkpoint_of_other_shapes_is_refused_and_left(tmp_path):

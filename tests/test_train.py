@@ -143,10 +143,28 @@ def test_every_runs_on_its_steps_alone_and_reports_only_then(tmp_path):
   loop.train(run)
   params = loop.load_variables(run, run.recipe[0])['params']
   np.testing.assert_allclose(params['a'], (1 - RATE) ** 5, rtol=1e-6)
-  np.testing.assert_allclose(params['b'], 2 * (1 - RATE) ** 2, rtol=1e-6)  # steps 0 and 3
+  np.testing.assert_allclose(params['b'], 2 * (1 - RATE), rtol=1e-6)  # the third step alone
   rows = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
-  assert [r['step'] for r in rows if 'ub/loss' in r] == [1, 4]
+  assert [r['step'] for r in rows if 'ub/loss' in r] == [3]
   assert [r['step'] for r in rows] == [1, 2, 3, 4, 5]
+
+
+def test_rare_updates_report_where_the_log_is_a_multiple_of_their_steps(tmp_path):
+  lazy = (quadratic('ua', ('a',), lambda p: 0.0), quadratic('ub', ('b',), lambda p: 0.0, every=2))
+  loop.train(make_run(tmp_path, stage(lazy, steps=8), log_every_steps=4))
+  rows = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
+  assert [r['step'] for r in rows if 'ub/loss' in r] == [4, 8]
+
+
+@pytest.mark.parametrize('order', ['simultaneous', 'sequential'])
+def test_an_update_that_is_left_out_leaves_statistics_as_the_others_made_them(tmp_path, order):
+  def counting(name, wrt, every):
+    return Update(name, wrt, lambda p, ctx: (p[wrt[0]], Aux(stats={'n': ctx.stats['n'] + 1.0})), every)
+
+  run = make_run(tmp_path, stage((counting('ua', ('a',), 1), counting('ub', ('b',), 2)), steps=3, order=order))
+  loop.train(run)
+  # Simultaneous updates read the same statistics, of which the last to write stands.
+  assert loop.load_variables(run, run.recipe[0])['stats']['n'] == (3.0 if order == 'simultaneous' else 4.0)
 
 
 def test_prepare_is_shared_carried_and_without_gradient():
@@ -233,6 +251,28 @@ def test_best_step_by_validation_is_handed_on(tmp_path):
   valid = {r['step']: r['distance'] for r in rows if r['split'] == 'valid'}
   assert min(valid, key=valid.get) == 6 and len(valid) == 11  # the start counts
   assert {int(p.name) for p in (tmp_path / 'checkpoints' / 'first').iterdir()} == {6, 18, 20}
+
+
+class Undefined(Toy):
+  """Its metric is no number from where a has fallen below 0.7."""
+
+  def metrics(self, params, ctx):
+    return {'distance': jnp.log(params['a'] - 0.7) * jnp.ones(ctx.batch['image'].shape[0])}
+
+
+def test_a_validation_metric_that_is_no_number_ends_the_run_or_is_never_best(tmp_path):
+  method = Undefined((quadratic('u', ('a', 'b'), lambda p: 0.0),))
+  run = make_run(tmp_path / 'stop', stage((), method=method, steps=8, best='distance'))
+  with pytest.raises(TrainingDiverged, match='distance of the validation split was not finite at step 4; .*nonfinite'):
+    loop.train(run)
+  assert run.checkpoints(run.recipe[0]).latest() == 2
+  run = make_run(tmp_path / 'skip', *run.recipe, nonfinite='skip')
+  loop.train(run)
+  store = run.checkpoints(run.recipe[0])
+  assert store.chosen() == 2 and store.latest() == 8
+  store.close()
+  rows = [json.loads(line) for line in (tmp_path / 'skip' / 'metrics.jsonl').read_text().splitlines()]
+  assert [r['step'] for r in rows if 'distance' in r] == [0, 2]
 
 
 def test_where_a_stage_starts_may_be_the_best_of_it(tmp_path):
@@ -352,6 +392,7 @@ U = quadratic('u', ('a', 'b'), lambda p: 0.0)
     ([stage((U,), order='both')], "order is 'both'"),
     ([stage((quadratic('u', ('a', 'b'), lambda p: 0.0, every=0),))], 'every = 0'),
     ([Stage('f', Toy(), {}, 3, fit=lambda *a: {})], 'config.stages.f.steps is 3'),
+    ([Stage('f', Toy(), {}, 0, fit=lambda *a: {}, best='distance')], "config.stages.f.best is 'distance'"),
   ],
 )
 def test_recipes_that_cannot_work_are_refused_before_any_work(tmp_path, stages, message):

@@ -158,8 +158,8 @@ class FittedDensity(LatentDensity):
 
 def all_codes(method: CodesMethod, variables: Variables, batches: Iterable[Batch], key: Key) -> np.ndarray:
   """The noise coordinates of all images of the batches, in order, [n, d]."""
-  encode = jax.jit(lambda x, key: method.vectors(variables['params'], variables['stats'], x, key))
-  rows = [np.asarray(encode(batch['image'], jax.random.fold_in(key, 1 + i))) for i, batch in enumerate(batches)]
+  encode = jax.jit(lambda variables, x, key: method.vectors(variables['params'], variables['stats'], x, key))
+  rows = [np.asarray(encode(variables, batch['image'], jax.random.fold_in(key, 1 + i))) for i, batch in enumerate(batches)]
   return np.concatenate(rows)
 
 

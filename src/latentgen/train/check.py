@@ -23,6 +23,8 @@ def check_names(recipe: Recipe) -> None:
       raise UserError(f'{where}.steps is {stage.steps}: a stage that is not fitted in closed form needs at least 1 step')
     if stage.fit is not None and stage.steps:
       raise UserError(f'{where}.steps is {stage.steps}: a stage fitted in closed form takes 0 steps')
+    if stage.fit is not None and stage.best:
+      raise UserError(f'{where}.best is {stage.best!r}: a stage fitted in closed form has one result; leave it out')
     patience = stage.patience_steps
     if isinstance(patience, bool) or not isinstance(patience, int) or patience < 0:
       raise UserError(f'{where}.patience_steps is {patience!r}, need a whole number of steps, 0 for none')

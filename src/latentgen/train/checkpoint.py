@@ -6,8 +6,10 @@ the shapes of the state, by which a checkpoint of another model is told from a d
 """
 
 from collections.abc import Mapping
+import errno
 import functools
 import logging
+import math
 import pathlib
 import re
 import shutil
@@ -65,16 +67,20 @@ class Checkpoints:
       policies.append(ocp.checkpoint_managers.EveryNSeconds(round(3600 * hours)))
     if best:
       policies.append(
-        ocp.checkpoint_managers.BestN(get_metric_fn=lambda m: m[best], n=1, reverse=True, keep_checkpoints_without_metrics=False)
+        ocp.checkpoint_managers.BestN(get_metric_fn=self._score, n=1, reverse=True, keep_checkpoints_without_metrics=False)
       )
     self._options = ocp.CheckpointManagerOptions(
       preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
-      best_fn=(lambda m: m[best]) if best else None,
+      best_fn=self._score if best else None,
       best_mode='min',
       create=True,
       enable_background_delete=False,
     )
     self._manager: ocp.CheckpointManager | None = None
+
+  def _score(self, metrics: Mapping[str, float]) -> float:
+    score = metrics[self._best]
+    return score if math.isfinite(score) else math.inf  # what is no number has no place in an order
 
   def _open(self) -> ocp.CheckpointManager:
     if self._manager is None:
@@ -129,7 +135,7 @@ class Checkpoints:
 
     Raises:
       Damaged: if the checkpoint cannot be read.
-      UserError: if it is of other shapes.
+      UserError: if it is of other shapes, or this process has no room or no right to read it.
     """
     import grain
 
@@ -142,6 +148,8 @@ class Checkpoints:
       if not (other := _difference(known, _shapes(abstract))):
         return self._open().restore(step, args=ocp.args.Composite(**items))['state']
     except Exception as error:  # Orbax and tensorstore raise many types for damaged files
+      if _hindered(error):
+        raise UserError(f'{where} cannot be read here ({_reason(error)}); it stays as it is: make room, or take more devices') from error
       raise Damaged(f'{where} cannot be read ({_reason(error)}); --mode=train goes on from the one before it') from error
     raise UserError(f'{where} is of another model: {other}; take the code that wrote it, or another --workdir')
 
@@ -190,6 +198,14 @@ class Checkpoints:
         manager.close()
       except Exception as error:
         raise self._failed(error) from error
+
+
+def _hindered(error: BaseException | None) -> bool:
+  """Whether what failed speaks of this process rather than of the file."""
+  if error is None:
+    return False
+  short = isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM)
+  return short or isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in str(error) or _hindered(error.__cause__)
 
 
 def _reason(error: Exception) -> str:

@@ -23,7 +23,11 @@ from latentgen.types import Recipe, Stage, TrainState, Variables
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """How a recipe is run; nothing in here changes a result, but for `seed`, `batch_size` and when `best` is looked at."""
+  """How a recipe is run.
+
+  Results depend on `seed`, `batch_size`, when `best` is looked at, `accumulate` (each part has noise and batch statistics of its own)
+  and, where something is not finite, on `nonfinite`; on nothing else in here.
+  """
 
   seed: int
   batch_size: int
@@ -179,6 +183,8 @@ def train(run: Run) -> None:
           _fit(run, index, metrics)
         else:
           _train_stage(run, index, metrics, notice)
+        if notice.given():
+          raise Preempted(f'stopped by SIGTERM; all is saved, and the same command goes on after {stage.name!r}')
   finally:
     metrics.close()
 
@@ -282,13 +288,13 @@ def _train_stage(run: Run, index: int, metrics: Metrics, notice: Notice) -> None
   compiled, function, terms = build_step(run, stage)
   with _meanwhile(lambda: compiled.lower(*step_arguments(run, stage)).compile()) as compile_step:
     state, step, iterator = _resume(run, stage, store, compile_step)
-  metrics.rewind(stage.name, step)
+  metrics.rewind(stage.name, -1 if store.latest() is None else step)
 
   skip, whole = settings.nonfinite == 'skip', sharding.replicated(run.mesh)
   validate = _validator(run, stage) if stage.best else None
   if validate and store.latest() is None:  # where a stage starts may be the best of it
     scores = validate(state)
-    metrics.write(stage.name, 0, scores, split='valid')
+    metrics.write(stage.name, 0, _finite(scores), split='valid')
     store.save(0, state, iterator, scores)
   # Made under jit, as several processes can only make what spans them all together.
   start = jax.jit(lambda key: (keys.named(key, stage.name), stepping.healthy()), out_shardings=whole)
@@ -313,19 +319,19 @@ def _train_stage(run: Run, index: int, metrics: Metrics, notice: Notice) -> None
         if logs or saves or stop or settings.nan_check:
           _check_health(health, terms, stage, functools.partial(debug.culprit, function, before, key, raw))
         if logs:
-          values = _ran(stage, step - 1, jax.device_get(found))
+          values = _ran(stage, step, jax.device_get(found))
           if skip:
-            values = {k: v for k, v in values.items() if np.isfinite(v)} | {'skipped': float(jax.device_get(state.skipped))}
+            values = _finite(values) | {'skipped': float(jax.device_get(state.skipped))}
           metrics.write(stage.name, step, values)
           metrics.speed(stage.name, step, progress.rate(step))
           progress.show(step, values)
         if saves:
           scores = validate(state) if validate else None
           if scores:
-            metrics.write(stage.name, step, scores, split='valid')
+            metrics.write(stage.name, step, _finite(scores), split='valid')
           store.save(step, state, iterator, scores)
           clock.add(stage.name)
-          if stage.patience_steps and not last:
+          if stage.patience_steps and not last and not stop:
             store.wait()
             if _waited(stage, store):
               say(f'{stage.name}: {stage.best} was best at step {store.chosen()}; stopping at {step}')
@@ -357,8 +363,12 @@ def _ran(stage: Stage, step: int, values: Mapping[str, Any]) -> dict[str, float]
   return {name: float(value) for name, value in values.items() if name.split('/')[0] not in idle}
 
 
+def _finite(values: Mapping[str, float]) -> dict[str, float]:
+  return {name: value for name, value in values.items() if np.isfinite(value)}
+
+
 def _validator(run: Run, stage: Stage) -> Callable[[TrainState], dict[str, float]]:
-  """Means of the method's metrics over the validation split, with the same noise every time."""
+  """Means of the method's metrics over the validation split, with the same noise every time; TrainingDiverged if one is not finite."""
   function = jax.jit(stepping.make_validation(stage, run.preprocess))
   root = keys.named(run.root, 'validation', stage.name)
 
@@ -373,6 +383,12 @@ def _validator(run: Run, stage: Stage) -> Callable[[TrainState], dict[str, float
         )
         for name, value in jax.device_get(sums).items():
           totals[name] = totals.get(name, 0.0) + float(value)
+      bad = [name for name, total in totals.items() if not np.isfinite(total)]
+      if bad and run.settings.nonfinite == 'stop':
+        raise TrainingDiverged(
+          f'stage {stage.name!r}: {bad[0]} of the validation split was not finite at step {int(state.step)}; the last good '
+          f"checkpoint is kept. Lower config.stages.{stage.name}.optim.*.learning_rate, or set config.train.nonfinite to 'skip'"
+        )
     return {name: total / len(run.data['valid']) for name, total in totals.items()}
 
   return validate
@@ -383,22 +399,24 @@ def _fit(run: Run, index: int, metrics: Metrics) -> None:
   stage, abstract, clock = run.recipe[index], run.abstract(run.recipe[index]), Clock(run.workdir)
   say(f'[{index + 1}/{len(run.recipe)}] {stage.name}: fitting')
   metrics.rewind(stage.name, -1)
-  state = _initial(run, stage, abstract)
+  state, whole = _initial(run, stage, abstract), sharding.replicated(run.mesh)
   key = keys.named(run.root, stage.name)
   preprocess = jax.jit(functools.partial(run.preprocess, train=False))
   epoch = [
     preprocess(jax.random.fold_in(key, i), batch)
     for i, batch in enumerate(pipeline.epoch(run.data['train'], run.settings.batch_size))
   ]
-  fitted = stage.fit({'params': state.params, 'stats': state.stats}, epoch, jax.random.fold_in(key, len(epoch)))
-  params = {**state.params, **fitted['params']}
+  # Every process fits by itself, to whole parameters of its own.
+  given = jax.device_get(jax.jit(lambda v: v, out_shardings=whole)({'params': state.params, 'stats': state.stats}))
+  fitted = stage.fit(given, epoch, jax.random.fold_in(key, len(epoch)))
+  params = {**given['params'], **fitted['params']}
   for group in params:
     _same_shapes(params[group], abstract.params[group], f'config.stages.{stage.name}: group {group!r} after fit')
-  state = state.replace(params=params, stats={**state.stats, **fitted.get('stats', {})})
-  state = jax.device_put(state, jax.tree.map(lambda a: a.sharding, abstract))
   bad = [g for g in params if not all(np.isfinite(x).all() for x in jax.tree.leaves(jax.device_get(params[g])))]
   if bad:
     raise TrainingDiverged(f'stage {stage.name!r}: the fit left values that are not finite in group {bad[0]!r}')
+  state = state.replace(params=params, stats={**given['stats'], **fitted.get('stats', {})})
+  state = jax.device_put(state, jax.tree.map(lambda a: a.sharding, abstract))
   store = run.checkpoints(stage)
   store.save(0, state, None)
   store.close()

@@ -43,7 +43,7 @@ def gradients(
 
 
 def gradient(update: Update, params: Params, ctx: Context) -> tuple[tuple[Array, Aux], Params]:
-  """((loss, aux), gradient over the groups of `update.wrt`)."""
+  """Of a single update, as a test or a notebook wants it: ((loss, aux), gradient over the groups of `update.wrt`)."""
   found, aux = gradients((update,), params, ctx)
   loss, grads = found[update.name]
   return (loss, aux), grads
@@ -180,17 +180,19 @@ def make_step(
         metrics.update({f'{update.name}/{name}': jnp.asarray(value, jnp.float32) for name, value in named.items()})
     return moved, states, stats, metrics
 
-  def run_every(group: Sequence[Update], params: Params, opt: Any, ctx: Context):
+  def run_every(group: Sequence[Update], params: Params, opt: Any, ctx: Context, kept: Any):
+    """As `run`; at steps that leave the group out, changed stats are what the step has made of them so far, `kept`."""
     if group[0].every == 1:
       return run(group, params, opt, ctx)
     took = functools.partial(run, group)
     shapes = jax.eval_shape(took, params, opt, ctx)
 
     def skip(params, opt, ctx):
-      stats = {name: ctx.stats[name] for name in shapes[2]}
+      del ctx
+      stats = {name: kept[name] for name in shapes[2]}
       return {g: params[g] for g in shapes[0]}, opt, stats, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes[3])
 
-    return jax.lax.cond(ctx.step % group[0].every == 0, took, skip, params, opt, ctx)
+    return jax.lax.cond((ctx.step + 1) % group[0].every == 0, took, skip, params, opt, ctx)
 
   def step(state: TrainState, health: Health, key: Key, raw: Any):
     key = jax.random.fold_in(key, state.step)
@@ -213,7 +215,7 @@ def make_step(
     for group in groups:
       before = {u.name: opt[u.name] for u in group}
       seen = (state.params, ctx) if method.order == 'simultaneous' else (params, ctx.replace(stats=stats))
-      new, after, changed, found = run_every(group, seen[0], before, seen[1])
+      new, after, changed, found = run_every(group, seen[0], before, seen[1], stats)
       params.update(new)
       opt.update(after)
       stats.update(changed)
