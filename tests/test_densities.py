@@ -112,6 +112,19 @@ def test_flow_is_a_dict_of_arrays_and_the_rest_follows_from_the_options():
   np.testing.assert_array_equal(flow.build(layers=2, width=8).log_prob(params, v), before)
 
 
+@pytest.mark.parametrize('name, d, passes', [
+  ('coupling', 5, 2), ('affine coupling', 2, 2), ('autoregressive', 5, 5), ('affine autoregressive', 1, 1), ('linear', 5, 0),
+])  # fmt: skip
+def test_a_sample_takes_as_many_passes_as_it_says(name, d, passes, monkeypatch):
+  """Counted where the loops run in Python."""
+  prior, calls, network = flow.build(**FLOWS[name]), [], flow.Flow._network
+  params = prior.init(KEY, d)
+  monkeypatch.setattr(flow.Flow, '_network', lambda *args: (calls.append(1), network(*args))[1])
+  with jax.disable_jit():
+    prior.sample(params, KEY, 3, d, 'flow', 1.0)
+  assert prior.evaluations(params, d, 'flow') == passes and len(calls) == passes * prior.layers
+
+
 def linear_gaussian(n=4000):
   """(W [20, 3], scales of z, x [n, 20]) of x = W z + 0.05 noise with W of orthonormal columns."""
   rng = np.random.default_rng(0)
@@ -370,6 +383,19 @@ def test_a_coordinate_that_never_varies_whitens_to_something_finite():
   net, params = linear_net(w)
   found = whitening.build(net, 0).fit({'params': params, 'stats': {}}, batches_of(x, 50), KEY)['params']['whitening']
   assert np.isfinite(found['scale']).all() and (found['scale'] > 0).all()
+
+
+def test_moments_of_a_coordinate_that_never_varies_are_finite():
+  prior, u = normal.build(), np.random.default_rng(0).normal(size=(200, 3)) * [1.0, 2.0, 0.0] + [0.0, 1.0, 0.3]
+  params = prior.fit(KEY, u)
+  np.testing.assert_allclose(params['scale'][:2], u.std(0)[:2], rtol=1e-5)
+  assert 0 < params['scale'][2] < 1e-5
+  rows = jnp.asarray(u, jnp.float32)
+  assert np.isfinite(prior.log_prob(params, rows)).all()
+  inner = prior.log_prob(params, rows) + jnp.log(params['scale'][2]) + 0.5 * np.log(2 * np.pi)  # the third at its mean
+  want = stats.norm(u.mean(0)[:2], u.std(0)[:2]).logpdf(u[:, :2]).sum(1)
+  np.testing.assert_allclose(inner, want, atol=1e-3)
+  assert np.isfinite(prior.log_prob(prior.fit(KEY, np.full((5, 2), 0.3)), jnp.full((5, 2), 0.3))).all()
 
 
 def test_codes_without_exact_densities_have_no_likelihood():

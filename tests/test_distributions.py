@@ -98,6 +98,14 @@ def test_independent_sums_the_last_axes_only():
   assert base.sample(jax.random.key(0)).shape == (3, 2, 4, 5)
 
 
+def test_independent_of_no_axes_is_the_base():
+  rng = np.random.default_rng(0)
+  loc, x = rng.normal(size=(3, 2)), rng.normal(size=(3, 2))
+  base = distributions.Normal(jnp.float32(loc), jnp.full((3, 2), 2.0))
+  found = distributions.Independent(base, 0).log_prob(jnp.float32(x))
+  np.testing.assert_allclose(found, stats.norm(loc, 2.0).logpdf(x), rtol=1e-5)
+
+
 # ---------------------------------------------------------------------------------------- logistic mixture
 
 
@@ -271,6 +279,15 @@ def test_gaussian_mixture_samples_have_its_moments():
   # Correlation between dimensions exists only if one component is drawn for all of them.
   cross = (weights * (loc - mean).prod(-1)).sum()
   np.testing.assert_allclose(np.cov(z.T)[0, 1], cross, rtol=0.03)
+
+
+def test_repeated_draws_of_a_mixture_are_a_batch():
+  p = distributions.GaussianMixture(jnp.array([0.25, 0.75]), jnp.array([[4.0, 0.0], [0.0, -8.0]]), jnp.full((2, 2), 0.1))
+  many = distributions.Repeated(p, 4000)
+  z = np.asarray(many.sample(jax.random.key(0)))
+  np.testing.assert_array_equal(many.mean, np.tile([1.0, -6.0], (4000, 1)))
+  assert z.shape == (4000, 2) and abs((z[:, 0] > 2).mean() - 0.25) < 4 * np.sqrt(0.25 * 0.75 / 4000)
+  np.testing.assert_array_equal(many.log_prob(z), p.log_prob(z))
 
 
 def test_dead_component_has_no_say_and_a_finite_gradient():

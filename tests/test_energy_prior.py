@@ -354,6 +354,9 @@ def test_a_saturated_stage_shows_in_its_accuracy():
   shared, _ = method.prepare(variables['params'], context(x, jax.random.key(0)))
   loss, aux = method.prior_loss(variables['params'], context(x, jax.random.key(0), shared=shared))
   assert aux.metrics['accuracy'] == 1.0 and loss < 0.01
+  variables['params']['tilt0'] = dict.fromkeys('abc', jnp.zeros(()))
+  _, aux = method.prior_loss(variables['params'], context(x, jax.random.key(0), shared=shared))
+  assert aux.metrics['accuracy'] == 0.5  # it decides nothing
 
 
 def test_tilts_add_up_and_only_the_last_learns():

@@ -15,6 +15,8 @@ from latentgen.data import ArraySource, preprocess
 from latentgen.distributions import Independent, Normal
 from latentgen.errors import UserError
 from latentgen.evaluate import Subject, anomaly, check_subject, outliers, run_all
+from latentgen.methods import semi_supervised
+from latentgen.nets import biva, groups
 from latentgen.types import Trace, ancestral
 
 EXPERIMENTS = pathlib.Path(__file__).parents[1] / 'experiments'
@@ -123,6 +125,101 @@ def test_samples_are_combined_as_said():
   np.testing.assert_allclose(many[0], scipy.stats.norm.logpdf(x, 0, 2.5**0.5), atol=1e-4)
   close(many[1], scipy.stats.norm.logpdf(x, 0, 2.5**0.5))
   close(values_of(x, 200, samples=2000, combine='mean')[1], TABLE[x][0])
+
+
+# ---------------------------------------------------------------------------------------- a model with classes
+
+
+CLASSES, SIZE, COPIES = 3, (4, 4, 1), 200
+NET = biva.build(SIZE, latents=(2, 2), strides=(2, 1), kernels=(3,), blocks=1, filters=3, num_classes=CLASSES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Given(semi_supervised.SemiSupervised):
+  """Has seen its posterior sample already: the one of the key that `variables` hold, whatever the key."""
+
+  def trace(self, variables, x, key, k=1):
+    return super().trace(variables, x, jax.random.key(variables['seed']), k)
+
+
+def classed():
+  """(method, variables far from the initial ones, as many images of each of two kinds)."""
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(np.repeat(rng.uniform(size=(2, *SIZE)) < 0.5, COPIES, 0), jnp.float32)
+  keys = {'params': jax.random.key(0), 'sample': jax.random.key(1)}
+  shapes = jax.eval_shape(lambda: NET.init(keys, x[:4], method='infer')['params'])
+
+  def draw(path, leaf):
+    return jnp.float32(rng.uniform(1.0, 2.0, leaf.shape) if path[-1].key == 'gain' else 0.7 * rng.normal(size=leaf.shape))
+
+  params = groups(jax.tree_util.tree_map_with_path(draw, shapes))
+  return Given(NET, 10), {'params': params, 'stats': {}, 'seed': 4}, x
+
+
+def test_the_class_of_a_trace_goes_with_its_latents():
+  method, variables, x = classed()
+  trace = jax.jit(lambda v, x: method.trace(v, x, jax.random.key(0)))(variables, x)
+  assert trace.label.shape == (1, 2 * COPIES, CLASSES) and set(np.unique(trace.label)) == {0.0, 1.0}
+  assert (trace.label.sum(-1) == 1).all() and (trace.label.sum((0, 1)) > 5).all()
+  back = lambda level, group, *_: trace.z[level][group][0]
+
+  @jax.jit
+  def log_px(variables, label, key):
+    found = method.simulate(variables, key, len(x), choose=back, label=label)
+    return found.px.log_prob(x)[0], found.label
+
+  again, label = log_px(variables, trace.label[0], jax.random.key(9))
+  np.testing.assert_allclose(again, trace.log_px[0], rtol=1e-4)
+  np.testing.assert_array_equal(label, trace.label)
+  other, label = log_px(variables, None, jax.random.key(9))  # the network draws another
+  differs = (label != trace.label).any(-1)[0]
+  assert 0.5 < differs.mean() < 0.9
+  np.testing.assert_array_equal(np.abs(other - trace.log_px[0]) > 1e-3, differs)
+
+
+def test_labels_of_passes_are_those_that_were_given():
+  method, variables, x = classed()
+  x, y = x[:3], jnp.eye(CLASSES)[jnp.array([2, 0, 1])]
+  run = lambda name, *args, **options: method._apply(variables['params'], {}, jax.random.key(1), name, *args, **options)[0]
+  np.testing.assert_array_equal(run('infer', x, 2, y=y).label, np.stack([y, y]))
+  every, _ = run('infer_classes', x, 2)
+  np.testing.assert_array_equal(every.label.argmax(-1), np.tile(np.arange(CLASSES), 2)[:, None].repeat(3, 1))
+  np.testing.assert_array_equal(run('simulate', 3, y=y).label, y[None])
+  plain_net = biva.build(SIZE, latents=(2, 2), strides=(2, 1), kernels=(3,), blocks=1, filters=3)
+  drawn = jax.eval_shape(lambda k: plain_net.init_with_output({'params': k, 'sample': k}, x), jax.random.key(0))[0]
+  assert drawn.label is None
+
+
+def test_bounds_with_classes_keep_the_class_while_they_keep_a_group():
+  """With the lower latents at their modes every bound is one pass of the network under the trace's class; without any group
+  left the class is any of the three."""
+  method, variables, x = classed()
+  found = np.asarray(jax.jit(anomaly.bounds(method, lower='mode'))(variables, x, jax.random.key(3))['bounds'], np.float64)
+  trace = method.trace(variables, x, None)
+  total = len(found) - 1
+  assert total == 3
+  np.testing.assert_allclose(found[0], trace.log_weight()[0], rtol=1e-5)
+  order, flat = [(0, 0), (1, 0), (1, 1)], []
+  for level, group in order:
+    flat.append(np.asarray(trace.log_p[level][group, 0] - trace.log_q[level][group, 0], np.float64))
+
+  def under(y, fixed):
+    """log p(x | z) [n] with the top groups of the trace, the others at the mode, under classes y [n, classes]."""
+    keep = lambda level, group, prior, *_: trace.z[level][group][0] if order.index((level, group)) < fixed else prior.mean
+    pass_ = method._apply(variables['params'], {}, jax.random.key(0), 'simulate', len(x), y=y, choose=keep)[0]
+    return np.asarray(pass_.px.log_prob(x)[0], np.float64)
+
+  for k in range(1, total):
+    fixed = total - k
+    np.testing.assert_allclose(found[k], under(trace.label[0], fixed) + sum(flat[:fixed]), rtol=1e-4)
+  each = np.stack([under(jnp.tile(jnp.eye(CLASSES)[c], (len(x), 1)), 0) for c in range(CLASSES)])
+  assert np.abs(np.diff(np.sort(each, 0), axis=0)).min() > 1e-2
+  distance = np.abs(found[total] - each)
+  assert distance.min(0).max() < 1e-3
+  drawn = distance.argmin(0)
+  n = len(x)
+  assert np.abs(np.bincount(drawn, minlength=CLASSES) - n / 3).max() < 4 * np.sqrt(n * 2 / 9)
+  assert abs((drawn == np.asarray(trace.label[0]).argmax(-1)).mean() - 1 / 3) < 4 * np.sqrt(2 / 9 / n)
 
 
 # ---------------------------------------------------------------------------------------- detection

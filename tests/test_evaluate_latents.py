@@ -183,6 +183,46 @@ def test_traversals_sweep_one_dimension(method):
         np.testing.assert_allclose(tile(array, row, column), want, atol=2 / 255)
 
 
+class Classed(Pixels):
+  """The third pixel of the decoder's mean is the class over 4, which the posterior reads off the first."""
+
+  def _with(self, trace, label):
+    mean = trace.px.base.loc.at[:, :, 0, 2, 0].set(label.argmax(-1) / 4)
+    return trace.replace(px=Independent(Normal(mean, 1.0), 3), label=label[None])
+
+  def trace(self, variables, x, key, k=1):
+    return self._with(super().trace(variables, x, key, k), jax.nn.one_hot(jnp.int32(4 * x[:, 0, 0, 0]), 5))
+
+  def simulate(self, variables, key, n, sampler=None, temperature=1.0, choose=None, label=None):
+    return self._with(super().simulate(variables, key, n, sampler, temperature, choose), label)
+
+
+def test_traversals_keep_the_class():
+  s = subject(Classed())
+  options = {'parts': ('traversals',), 'images': 4, 'dimensions': 2, 'columns': 3}
+  array = run_all(s, {'latent_space': options}).images['traversals'].array
+  x = s.data['test'].take(slice(None))['image'][:4, 0, :, 0] / 255
+  want = (4 * x[:, 0]).astype(int) / 4
+  assert len(set(want)) > 1
+  for image, value in enumerate(want):
+    found = [tile(array, 2 * image + i, column)[2] for i in range(2) for column in (1, 2, 3)]
+    np.testing.assert_allclose(found, value, atol=1 / 255)
+
+
+def test_the_image_shown_is_the_one_whose_code_is_traversed():
+  """Under a preprocessing that draws: what is not swept is what the original has."""
+  def noisy(key, batch, train):
+    image = batch['image'].astype(jnp.float32) / 255
+    return {**batch, 'image': jnp.clip(image + 0.2 * jax.random.normal(key, image.shape), 0.0, 1.0)}
+
+  s = dataclasses.replace(subject(Pixels()), preprocess=noisy)
+  options = {'parts': ('traversals',), 'images': 3, 'dimensions': 1, 'columns': 2}
+  array = run_all(s, {'latent_space': options}).images['traversals'].array
+  shown, swept = (np.stack([tile(array, row, column) for row in range(3)]) for column in (0, 1))
+  same = np.abs(shown - swept).max(0) < 2 / 255
+  assert same.sum() == 2
+
+
 def test_scatter_with_and_without_a_mixture_and_labels():
   for s in (subject(Mixed()), subject(Pixels()), subject(Mixed(), labels=False)):
     images = run_all(s, {'latent_space': {}}).images

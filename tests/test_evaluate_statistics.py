@@ -55,6 +55,13 @@ def test_two_sample_test_finds_nothing_where_there_is_nothing():
   assert abs(np.mean(z)) < 3 / math.sqrt(6)
 
 
+def test_a_logit_of_zero_is_half_right():
+  positive, negative = np.array([[0.0, 2.0], [-1.0, 0.0]]), np.array([0.0, -1.0, 3.0, -0.0])
+  found = statistics.balanced_accuracy(positive, negative)
+  assert found.value == pytest.approx(((0.5 + 1 + 0 + 0.5) / 4 + (0.5 + 1 + 0 + 0.5) / 4) / 2)
+  assert statistics.balanced_accuracy(np.zeros((5, 2)), np.zeros(7)) == (0.5, 0.0)
+
+
 @pytest.mark.parametrize('classifier', ['both', 'quadratic', 'network'])
 def test_two_sample_test_recovers_the_area_of_shifted_gaussians(classifier):
   rng = np.random.default_rng(3)

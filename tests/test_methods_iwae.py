@@ -198,6 +198,36 @@ def test_gradients_on_given_noise(objective, alpha, monkeypatch):
   np.testing.assert_allclose(flat(found['generation']), expected['generation'], rtol=1e-5)
 
 
+ESTIMATORS = {
+  'stl': (losses.sticking_the_landing, lambda w: w),
+  'dreg': (losses.doubly_reparameterised, lambda w: w**2),
+  'rws': (lambda log_w: losses.doubly_reparameterised(log_w, 1.0), lambda w: w - w**2),
+}
+
+
+@pytest.mark.parametrize('name', ESTIMATORS)
+def test_samples_of_no_weight_leave_the_others_alone(name):
+  estimator, weights = ESTIMATORS[name]
+  log_w = np.array([[-np.inf, -np.inf, 0.3], [0.5, -np.inf, -1.0], [-2.0, -np.inf, 1.2]])
+  w = np.exp(log_w) / np.maximum(np.exp(log_w).sum(0), 1e-300)
+  want = np.where(w > 0, weights(w) * np.where(w > 0, log_w, 0.0), 0.0).sum(0)
+  np.testing.assert_allclose(estimator(jnp.float32(log_w)), [want[0], -np.inf, want[2]], rtol=1e-5)
+  grad = jax.grad(lambda a: estimator(a).sum())(jnp.float32(log_w))
+  np.testing.assert_allclose(grad, weights(w), rtol=1e-5, atol=1e-7)
+  assert np.isnan(estimator(jnp.array([[jnp.nan], [0.0]])))[0]  # and what is broken stays visible
+
+
+@pytest.mark.parametrize('name', ESTIMATORS)
+def test_bfloat16_weights_are_taken_in_float32(name):
+  estimator, weights = ESTIMATORS[name]
+  log_w = jnp.asarray(np.random.default_rng(0).normal(size=(1000, 2)), jnp.bfloat16)
+  exact = np.asarray(log_w, np.float64)
+  w = np.exp(exact) / np.exp(exact).sum(0)
+  found = estimator(log_w)
+  assert found.dtype == jnp.float32
+  np.testing.assert_allclose(found, (weights(w) * exact).sum(0), rtol=1e-4)
+
+
 @pytest.mark.parametrize('k', [1, 2, 8])
 def test_dreg_is_unbiased_and_stl_only_for_one_sample(k):
   draws = 100_000
@@ -244,7 +274,7 @@ def subject(method):
 
 def test_the_task_reports_ratios_and_slopes():
   net = markov.build((1, 4, 1), latents=(2,), hidden=((),), likelihood='normal', scale=0.5)
-  options = dict(draws=400, chunk=100, inner=(1, 8), outer=(1, 4), objectives=('iwae', 'dreg'))
+  options = dict(draws=350, chunk=100, inner=(1, 8), outer=(1, 4), objectives=('iwae', 'dreg'))
   findings = run_all(subject(make('iwae', net)), {'gradient_snr': options})
   names = {name.removeprefix('gradient_snr/') for name in findings.results}
   for objective, letter, counts in (('iwae', 'k', (1, 8)), ('dreg', 'k', (1, 8)), ('miwae', 'm', (1, 4))):
@@ -253,13 +283,23 @@ def test_the_task_reports_ratios_and_slopes():
   ratio = [findings.results[f'gradient_snr/miwae/generation/m{m}'].value for m in (1, 4)]
   slope = findings.results['gradient_snr/miwae/generation/slope_m'].value
   assert slope == pytest.approx(np.log(ratio[1] / ratio[0]) / np.log(4))
-  assert findings.images['gradient_snr'].array.dtype == np.uint8
+  picture = findings.images['gradient_snr']
+  assert picture.array.dtype == np.uint8
+  assert findings.results['gradient_snr/iwae/inference/k8'].n == 400 and '400 draws' in picture.caption  # whole chunks
+
+
+def test_two_gradients_are_enough_for_a_ratio():
+  net = markov.build((1, 4, 1), latents=(2,), hidden=((),), likelihood='normal', scale=0.5)
+  options = dict(draws=2, chunk=1, inner=(1, 2), outer=(1, 2), objectives=('iwae',))
+  results = run_all(subject(make('iwae', net)), {'gradient_snr': options}).results
+  assert all(np.isfinite(result.value) for result in results.values())
+  assert results['gradient_snr/iwae/inference/k2'].n == 2
 
 
 @pytest.mark.parametrize(
   'options, words',
   [
-    ({'draws': 0}, 'config.evaluate.gradient_snr.draws'),
+    ({'draws': 1, 'chunk': 1}, 'config.evaluate.gradient_snr.draws: must be an integer of at least 2, not 1'),
     ({'inner': (4,)}, 'config.evaluate.gradient_snr.inner'),
     ({'objectives': ('iwea',)}, 'config.evaluate.gradient_snr.objectives'),
   ],

@@ -16,7 +16,7 @@ from latentgen import losses, optim
 from latentgen.data import toy
 from latentgen.distributions import GaussianMixture, Normal
 from latentgen.errors import UserError
-from latentgen.evaluate import Subject, likelihood, run_all
+from latentgen.evaluate import Subject, anomaly, likelihood, run_all
 from latentgen.methods import mixture as methods
 from latentgen.methods import mixture_fit as fitting
 from latentgen.methods import vae as plain
@@ -225,6 +225,15 @@ def test_labelled_images_are_held_to_their_classes_components(objective):
   assert methods.build(network(), 10).classify is None
 
 
+def test_images_without_a_label_are_no_errors():
+  method, variables = made(components=6, classes=3)
+  found = jax.jit(method.metrics)(variables['params'], context(variables))
+  guess = np.asarray(method.classify(variables, IMAGES, KEY)).argmax(1)
+  want = [float(y >= 0 and g != y) for g, y in zip(guess, np.asarray(LABELS), strict=True)]
+  assert any(want)
+  np.testing.assert_array_equal(found['error'], want)
+
+
 def test_the_weight_rises_and_follows_the_target():
   method, variables = made(weight=3.0, warmup_portion=0.5)
   loss = jax.jit(method.loss)
@@ -317,6 +326,31 @@ def linear(posterior=(0.5, 0.0, 1.0, 1.0)):
   cover = w.T @ w + 0.25 * np.eye(3)
   want = np.log(sum(stats.multivariate_normal.pdf(x[:, 0, :, 0], np.array(m) @ w + b, cover) for m in CENTRES[:3]) / 3)
   return method, variables, jnp.float32(x), want
+
+
+def test_bounds_without_the_posterior_are_under_the_mixture():
+  """L^{>1} = E_p(z) log N(x; W z + b, 0.5^2), in closed form under the mixture and under N(0, I)."""
+  method, variables, _, _ = linear()
+  far = np.array(CENTRES[:3]) + 3.0
+  method = dataclasses.replace(method, prior=dataclasses.replace(method.prior, prototypes=tuple(map(tuple, far))))
+  variables = {**variables, 'stats': {**variables['stats'], 'prior': {'constants': method.prior.constants(2)}}}
+  head = jax.tree.map(lambda a: np.asarray(a, np.float64), variables['params']['decoder']['decoder']['head'])
+  x = np.random.default_rng(6).normal(size=(4, 3))
+
+  def want(means, lower):
+    error = np.square(x[:, None] - (np.asarray(means) @ head['kernel'] + head['bias'])).sum(-1).mean(-1)
+    spread = np.square(head['kernel']).sum() if lower == 'sample' else 0.0
+    return -0.5 * (error + spread) / 0.25 - 1.5 * np.log(2 * np.pi * 0.25)
+
+  for lower, means in (('sample', far), ('mode', [far.mean(0)])):
+    bounds = jax.jit(anomaly.bounds(method, 1, lower=lower))
+    copies = 20_000
+    found = bounds(variables, jnp.float32(x).repeat(copies, 0)[:, None, :, None], KEY)['bounds']
+    assert found.shape == (2, 4 * copies)
+    values = np.asarray(found[1], np.float64).reshape(4, copies)
+    error = values.std(1) / np.sqrt(copies)
+    assert np.all(np.abs(values.mean(1) - want(means, lower)) < 4 * error + 1e-3)
+    assert np.all(np.abs(values.mean(1) - want([[0.0, 0.0]], lower)) > 10 * error + 1)
 
 
 @pytest.mark.parametrize('share', [0.0, 0.5])

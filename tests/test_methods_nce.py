@@ -253,6 +253,13 @@ def chance_minus_twice_jsd(q, p, z):
   return term(q) + term(p)
 
 
+def test_critics_that_decide_nothing_are_half_right():
+  method = nce.build(Toy(2, False, True), 10, channels=4, layers=1)
+  params, ctx = method.init(KEY, {'image': images(2)})['params'], in_context(images(50))
+  _, aux = method.loss(params, ctx.replace(shared=method.prepare(params, ctx)[0]))
+  assert aux.metrics['accuracy_mean'] == 0.5
+
+
 def test_loss_and_metrics_at_the_optimum():
   z = np.linspace(-9, 9, 4001)
   optimum_1 = chance_minus_twice_jsd(stats.norm(1, 0.5), stats.norm(), z)

@@ -33,7 +33,8 @@ def images(x):
 
 
 def linear(dims, latent=1, **options):
-  return vae.build((1, dims, 1), latent=latent, hidden=(), likelihood='normal', **{'log_scale_floor': None, **options})
+  floor = -12.0 if options.get('scale') == 'analytic' else None
+  return vae.build((1, dims, 1), latent=latent, hidden=(), likelihood='normal', **{'log_scale_floor': floor, **options})
 
 
 def initial(net, x):
@@ -129,8 +130,8 @@ def test_learned_variance_is_the_mean_square_error(options):
 def test_gradients_of_the_network_are_those_of_the_best_scale_stopped_or_not():
   """Learned at its optimum, analytic with its gradient, and the same number fixed."""
   x = images(np.random.default_rng(1).normal(0.5, 0.2, (16, 12)))
-  nets_ = {name: vae.build((1, 12, 1), latent=3, hidden=(8,), likelihood='normal', scale=name, log_scale_floor=None)
-           for name in ('learned', 'analytic', 'image')}  # fmt: skip
+  nets_ = {name: vae.build((1, 12, 1), latent=3, hidden=(8,), likelihood='normal', scale=name, log_scale_floor=floor)
+           for name, floor in (('learned', None), ('analytic', -12.0), ('image', None))}  # fmt: skip
   params = initial(nets_['analytic'], x)['params']
   run = dict(rngs={'sample': KEY}, method='infer', k=2, train=True)
   trace, _ = nets_['analytic'].apply({'params': params, 'batch_stats': {'mse': 1.0}}, x, mutable=['batch_stats'], **run)
@@ -354,6 +355,12 @@ def test_soft_clip_keeps_order_and_bounds(low, high):
     np.testing.assert_allclose(y[:100], x[:100], atol=1e-3)
 
 
+@pytest.mark.parametrize('apart', [0.5, 2.0, 4.0])
+def test_soft_clip_falls_below_close_bounds_by_so_much(apart):
+  found = float(vae.soft_clip(jnp.float32(-60.0), -3.0, -3.0 + apart))
+  np.testing.assert_allclose(-3.0 - found, np.log1p(np.exp(-apart)), rtol=1e-4)
+
+
 # ---------------------------------------------------------------------------------------- stability
 
 
@@ -417,6 +424,13 @@ def test_analytic_scale_has_a_floor_and_a_ceiling_without_a_singular_gradient():
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
 
 
+def test_only_a_floor_keeps_the_gradient_of_an_exact_fit():
+  """As the docstring says of the floor."""
+  x = jnp.ones((2, 3))
+  loss = lambda loc, floor: losses.gaussian_nll(x, loc, losses.optimal_scale(x, loc, floor=floor)).sum()
+  assert np.isfinite(jax.grad(loss)(x, 1e-3)).all() and np.isnan(jax.grad(loss)(x, 0.0)).any()
+
+
 # ---------------------------------------------------------------------------------------- a rate of its own
 
 
@@ -449,6 +463,7 @@ def test_rates_that_cannot_be(rates, message):
   ({'log_scale': math.nan}, 'model.log_scale is nan'),
   ({'log_scale_floor': 'low'}, "model.log_scale_floor is 'low', need a number or None"),
   ({'log_scale_floor': 1.0, 'log_scale_ceiling': 1.0}, 'model.log_scale_floor is 1.0'),
+  ({'scale': 'analytic', 'log_scale_floor': None}, "^model.log_scale_floor is None, need a number.*model.scale = 'analytic'"),
   ({'bounded': 1}, 'model.bounded is 1'),
 ])  # fmt: skip
 def test_mistakes_name_the_key(options, message):

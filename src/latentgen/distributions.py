@@ -115,7 +115,7 @@ class Independent:
   def log_prob(self, value: ArrayLike) -> Array:
     """Log-density of the event, nats."""
     base, ndims, event = self.base, self.ndims, jnp.shape(value)[-self.ndims :]
-    elementwise = isinstance(base, (Normal, Bernoulli))
+    elementwise = ndims > 0 and isinstance(base, (Normal, Bernoulli))
     if elementwise and all(jnp.shape(leaf)[-ndims:] == event for leaf in jax.tree.leaves(base)):
       # One flat axis: loops over [h, w, 1] are several times slower on a CPU.
       base, value = jax.tree.map(lambda a: jnp.reshape(a, (*jnp.shape(a)[:-ndims], math.prod(event))), (base, value))
@@ -285,6 +285,33 @@ class GaussianMixture:
     key_component, key_noise = jax.random.split(key)
     index = jax.random.categorical(key_component, jnp.log(self.weights), shape=(n,))
     return Normal(self.loc[index], self.scale[index]).sample(key_noise)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Repeated:
+  """n independent draws of one density over vectors: `mean` and `sample` are [n, d].
+
+  Args:
+    base: a distribution whose `sample` takes the number of draws, as GaussianMixture.
+    n: how many.
+  """
+
+  base: Any
+  n: int = dataclasses.field(metadata={'static': True})
+
+  @property
+  def mean(self) -> Array:
+    """That of the base for every draw."""
+    return jnp.broadcast_to(self.base.mean, (self.n, *self.base.mean.shape))
+
+  def log_prob(self, value: ArrayLike) -> Array:
+    """Log-density of each draw in nats, [n, d] -> [n]."""
+    return self.base.log_prob(value)
+
+  def sample(self, key: Array) -> Array:
+    """The n draws."""
+    return self.base.sample(key, self.n)
 
 
 def soft_clamp(x: ArrayLike, bound: float = 5.0) -> Array:

@@ -52,6 +52,7 @@ class Trace:
   log_px: Array | None  # [k, b]
   px: Distribution  # decoder output; log_prob(x [b, h, w, c]) is [k, b]
   posterior: tuple[Any, ...] | None = None  # per level, the Normal q(z_l | z_<l, x) over [g, k, b, ...]; None if not Gaussian
+  label: Array | None = None  # [k, b, classes], one-hot: the class that was drawn or given, where the network has classes
 
   def log_weight(self) -> Array:
     """Importance log-weight log p(x, z) - log q(z | x), [k, b]."""
@@ -68,7 +69,7 @@ class Choose(Protocol):
   Args:
     level: index of the level, coarse to fine (a Python int).
     group: index of the group in its level (an int or, inside a scan, a traced scalar).
-    prior: base conditional p(z_l | z_<l), batch shape [n, ...].
+    prior: base conditional p(z_l | z_<l), batch shape [n, ...]; of methods.mixture the mixture, which is the model's own.
     context: top-down state, [n, ...].
     key: PRNG key of this group.
 
@@ -163,7 +164,7 @@ LossFn = Callable[[Params, Context], tuple[Array | Mapping[str, Array], Aux]]
 
 @dataclasses.dataclass(frozen=True)
 class Update:
-  """One gradient update: `loss` is minimised over the parameter groups `wrt`, on every `every`-th step.
+  """One gradient update: `loss` is minimised over the parameter groups `wrt`, on every `every`-th step (the first is step `every`).
 
   Simultaneous updates of one and the same loss are one pass, with one key, of which each takes its groups' gradients. Updates that
   differ in what they descend but share the forward pass name one function too: what it gives as {update's name: scalar}, its loss
@@ -236,7 +237,13 @@ class LatentModel(Protocol):
     sampler: str | None = None,
     temperature: float = 1.0,
     choose: Choose | None = None,
-  ) -> Trace: ...
+    label: Array | None = None,
+  ) -> Trace:
+    """A top-down pass; `label` [n, classes], one-hot, is the class of each where the network has classes, which it draws if None.
+
+    `label` may be missing from a method whose traces have none.
+    """
+    ...
 
 
 # ---------------------------------------------------------------------------------------------- training

@@ -6,6 +6,7 @@ With the lowest k of the latents drawn from their conditional prior instead of t
 
 L^{>0} is the evidence lower bound, and L^{>K} of all K is E_{p(z)} log p(x|z). The score is the likelihood ratio
 LLR^{>k} = L^{>0} - L^{>k}: large where the details of an image have to be told, because its upper latents do not imply them.
+Where the model has classes, the drawn class is one of the uppermost latents: L^{>k} keeps it as long as it keeps any group.
 
 A method without a density of images may have scores of its own, `anomaly_scores(variables, x, key) -> {name: [b]}`, larger for what is
 more anomalous; the task compares these instead.
@@ -34,6 +35,7 @@ from latentgen.evaluate.base import (
   average,
   check_choice,
   check_count,
+  class_above,
   named_key,
   per_example,
   seed_of,
@@ -158,6 +160,7 @@ def bounds(method: Any, samples: int = 1, combine: str = 'log_mean_exp', lower: 
     ends = np.arange(starts[-1]) if unit == 'group' else starts[:-1]
     ratio = jnp.concatenate([(p - q)[:, 0] for p, q in zip(trace.log_p, trace.log_q, strict=True)])  # [groups, b]
     order = jnp.arange(len(ratio))[:, None]
+    label = None if trace.label is None else trace.label[0]
 
     def above(fixed):
       def choose(level, group, prior, context, key):
@@ -166,7 +169,8 @@ def bounds(method: Any, samples: int = 1, combine: str = 'log_mean_exp', lower: 
         upper = trace.z[level][group][0].astype(drawn.dtype)
         return jnp.where(int(starts[level]) + group < fixed, upper, drawn)
 
-      log_px = method.simulate(variables, below, x.shape[0], choose=choose).px.log_prob(x)[0]
+      given = class_above(label, fixed, named_key(below, 'class'))
+      log_px = method.simulate(variables, below, x.shape[0], choose=choose, **given).px.log_prob(x)[0]
       return log_px + jnp.where(order < fixed, ratio, 0.0).sum(0)
 
     # Every bound has the same posterior sample and the same noise below it.

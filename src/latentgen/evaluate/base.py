@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
 import math
 from typing import Any
-import zlib
 
 import jax
 from jax.experimental import multihost_utils
@@ -17,7 +16,8 @@ import numpy as np
 
 from latentgen.data import pipeline
 from latentgen.data.labels import all_labels
-from latentgen.errors import UserError, did_you_mean
+from latentgen.errors import UserError, near
+from latentgen.train.keys import named as named_key
 
 Tree = Any
 
@@ -104,12 +104,6 @@ class Subject:
 # ---------------------------------------------------------------------------------------------- options
 
 
-def near(name: Any, options) -> str:
-  """'; did you mean "x"?' where a known name is close, else the list of known names."""
-  options = sorted(map(str, options))
-  return did_you_mean(name, options) or f'; known: {", ".join(options) or "none"}'
-
-
 def check_choice(key: str, value: Any, options) -> None:
   if value not in options:
     raise UserError(f'{key}: unknown value {value!r}{near(value, options)}')
@@ -119,6 +113,13 @@ def check_count(key: str, value: Any, least: int = 1) -> None:
   """Refuses what is not an integer of at least `least`."""
   if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
     raise UserError(f'{key}: must be an integer of at least {least}, not {value!r}')
+
+
+def check_images(data: Mapping[str, Any], task: str, split: str | Sequence[str], limit: int | None, least: int) -> None:
+  """Refuses splits that hold, within `limit` of each, fewer than `least` images."""
+  sizes = [len(data[name]) for name in ((split,) if isinstance(split, str) else split)]
+  found = sum(size if limit is None else min(size, limit) for size in sizes)
+  check_count(f'config.evaluate.{task}.limit (images found)', found, least)
 
 
 def chosen_samplers(subject: Subject, task: str, names: Any = None) -> tuple[str, ...]:
@@ -184,11 +185,6 @@ def batches(
     if share[1] > 1:
       mask = multihost_utils.process_allgather(mask, tiled=True)
     yield jax.random.fold_in(stream, i), subject.put(raw), np.asarray(mask, bool)
-
-
-def named_key(key: jax.Array, name: str) -> jax.Array:
-  """fold_in(key, crc32(name))."""
-  return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
 def seed_of(key: jax.Array) -> int:
@@ -308,6 +304,24 @@ def simulations(
 
   parts = [fetch(draw(subject.variables, jax.random.fold_in(key, i))) for i in range(math.ceil(n / size))]
   return jax.tree.map(lambda *a: np.concatenate(a)[:n], *parts)
+
+
+def class_above(label: jax.Array | None, fixed: Any, key: jax.Array) -> dict[str, jax.Array]:
+  """What tells `simulate` the class of a pass that keeps the top `fixed` groups of a trace: it belongs to the uppermost latents.
+
+  Args:
+    label: of the trace, one-hot [b, classes]; None where the network has no classes.
+    fixed: how many groups are kept; may be traced.
+    key: of the draw from p(y), uniform, where none is.
+
+  Returns:
+    {'label': [b, classes]}; {} without classes.
+  """
+  if label is None:
+    return {}
+  n, classes = label.shape
+  fresh = jax.nn.one_hot(jax.random.randint(key, (n,), 0, classes), classes, dtype=label.dtype)
+  return {'label': jnp.where(fixed > 0, label, fresh)}
 
 
 def drawn(subject: Subject, sampler: str | None, n: int, key: jax.Array, temperature: float = 1.0) -> np.ndarray:

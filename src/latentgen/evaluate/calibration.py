@@ -38,8 +38,8 @@ def run(
   Returns:
     calibration/level<i>/group<j>/ece, /accuracy, /nce for every group, calibration/ece, /accuracy for all groups
     pooled, and calibration/nce, the mean over groups. ece: expected calibration error, biased upwards by about
-    sqrt(bins / n). nce [nats]: sum of the two mean cross-entropies; chance is 2 log 2 = 1.386. Picture: the
-    reliability curves.
+    sqrt(bins / n). accuracy: a logit of 0 is half right. nce [nats]: sum of the two mean cross-entropies; chance is
+    2 log 2 = 1.386. Picture: the reliability curves.
 
   Raises:
     UserError: if the method has no `logits`, or for a bad value.
@@ -63,7 +63,7 @@ def run(
     curves[name or 'all groups'] = curve = reliability(positive, negative, bins)
     error = _error_of_error(positive, negative, bins, repeats, seed_of(named_key(subject.key, prefix)))
     findings.results[f'{prefix}/ece'] = Result(curve.error(), 'probability', n, error)
-    right = (np.float64(positive > 0) + np.float64(negative < 0)) / 2
+    right = (np.heaviside(np.float64(positive), 0.5) + np.heaviside(-np.float64(negative), 0.5)) / 2
     loss = np.logaddexp(0, -positive.astype(np.float64)) + np.logaddexp(0, negative.astype(np.float64))
     findings.results[f'{prefix}/accuracy'] = average(right.reshape(n, -1).mean(1), 'fraction')
     findings.results[f'{prefix}/nce'] = average(loss.reshape(n, -1).mean(1), 'nats')

@@ -8,10 +8,11 @@ References:
   G. Tucker et al., Doubly Reparameterized Gradient Estimators for Monte Carlo Objectives, 2018, arXiv 1810.04152.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,18 @@ from latentgen.evaluate import charts
 from latentgen.evaluate.base import Findings, Picture, Result, Subject, batches, check_choice, check_count, fetch, named_key
 from latentgen.train import step as stepping
 from latentgen.types import Context
+
+OBJECTIVES = ('vae', 'iwae', 'ciwae', 'stl', 'dreg')
+
+
+def check(data: Mapping[str, Any], *, method: Any, inner: Sequence[int] = (1, 4), outer: Sequence[int] = (1, 4), **_) -> None:
+  """Refuses a method without such estimators, and a slope through fewer than two points."""
+  del data
+  if not {'objective', 'outer', 'samples'} <= {f.name for f in dataclasses.fields(method)}:
+    raise UserError(f"config.evaluate.tasks: 'gradient_snr' needs methods.iwae, not {type(method).__name__}; leave it out")
+  for name, values in (('inner', inner), ('outer', outer)):
+    if len(values) < 2:
+      raise UserError(f'config.evaluate.gradient_snr.{name}: a slope needs at least two values, not {tuple(values)}')
 
 
 def run(
@@ -44,8 +57,8 @@ def run(
     subject: what is evaluated; its method is one with the fields `objective`, `outer` and `samples`, as methods.iwae.
     split: where the images are from.
     images: the gradient is that of so many images together.
-    draws: gradients behind every ratio; it resolves ratios down to about draws^(-1/2).
-    chunk: gradients computed at a time.
+    draws: gradients behind every ratio, two or more; it resolves ratios down to about draws^(-1/2).
+    chunk: gradients computed at a time; `draws` is rounded up to whole chunks.
     inner: values of K.
     outer: values of M.
     objectives: of the method; M sweeps the first one's miwae.
@@ -59,21 +72,18 @@ def run(
     UserError: for a bad value, naming the key, or a method without such estimators.
   """
   where = 'config.evaluate.gradient_snr'
-  for name, value in (('images', images), ('draws', draws), ('chunk', chunk)):
-    check_count(f'{where}.{name}', value)
+  for name, value, least in (('images', images, 1), ('draws', draws, 2), ('chunk', chunk, 1)):
+    check_count(f'{where}.{name}', value, least)
   for name, values in (('inner', inner), ('outer', outer)):
-    if len(values) < 2:
-      raise UserError(f'{where}.{name}: a slope needs at least two values, not {tuple(values)}')
     for value in values:
       check_count(f'{where}.{name}', value)
-  fields = {f.name for f in dataclasses.fields(subject.method)}
-  if not {'objective', 'outer', 'samples'} <= fields:
-    raise UserError(f"config.evaluate.tasks: 'gradient_snr' needs methods.iwae, not {type(subject.method).__name__}; leave it out")
+  check(subject.data, method=subject.method, inner=inner, outer=outer)
   for objective in objectives:
-    check_choice(f'{where}.objectives', objective, ('vae', 'iwae', 'ciwae', 'stl', 'dreg'))
+    check_choice(f'{where}.objectives', objective, OBJECTIVES)
   data_key, raw, _ = next(batches(subject, 'gradient_snr', split, images))
   batch = jax.tree.map(lambda a: a[:images], subject.preprocess(data_key, raw, False))
   params = perturbed(subject.variables['params'], named_key(subject.key, 'perturb'), perturb)
+  used = _rounds(draws, chunk) * chunk
 
   @functools.partial(jax.jit, static_argnums=0)
   def ratios(method, params, key):
@@ -87,7 +97,7 @@ def run(
     method = dataclasses.replace(subject.method, objective=objective, outer=m, samples=k)
     for update, value in fetch(ratios(method, params, named_key(subject.key, f'{label}/{m}/{k}'))).items():
       number = k if letter == 'k' else m
-      results[f'gradient_snr/{label}/{update}/{letter}{number}'] = Result(float(value), 'ratio', draws)
+      results[f'gradient_snr/{label}/{update}/{letter}{number}'] = Result(float(value), 'ratio', used)
       found.setdefault((label, update), []).append((number, float(value)))
   for (label, update), points in found.items():
     letter = 'm' if label == 'miwae' else 'k'
@@ -95,7 +105,7 @@ def run(
     if slope is not None:
       results[f'gradient_snr/{label}/{update}/slope_{letter}'] = Result(slope, 'log ratio / log samples', len(points))
   caption = (
-    f'Signal-to-noise ratio of the gradients of each network at fixed parameters, {draws} draws a point. '
+    f'Signal-to-noise ratio of the gradients of each network at fixed parameters, {used} draws a point. '
     'Dotted: slopes of one half, up and down.'
   )
   picture = Picture(_chart(found), 'What more samples do to the gradients', caption)
@@ -112,7 +122,7 @@ def perturbed(params, key: jax.Array, deviation: float):
 
 def snr(method, params, stats, batch, key: jax.Array, draws: int, chunk: int) -> dict[str, jax.Array]:
   """{update: |E g| / std g} from at least `draws` gradients, in whole chunks; 0 where the mean is lost in the noise."""
-  rounds = math.ceil(draws / chunk)
+  rounds = _rounds(draws, chunk)
 
   def gradients(key):
     ctx = Context(batch=batch, key=key, step=jnp.zeros((), jnp.int32), stats=stats)
@@ -137,6 +147,10 @@ def snr(method, params, stats, batch, key: jax.Array, draws: int, chunk: int) ->
     return jnp.sqrt(jnp.maximum(signal, 0.0) / noise)
 
   return {name: ratio(tree) for name, tree in sums.items()}
+
+
+def _rounds(draws: int, chunk: int) -> int:
+  return math.ceil(draws / chunk)
 
 
 def _slope(points: list[tuple[int, float]]) -> float | None:

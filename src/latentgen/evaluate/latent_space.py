@@ -1,7 +1,7 @@
 """Pictures of a latent space: where the images are in it, what the prior's components stand for, what a dimension does.
 
 Codes are posterior means, over all groups of the model. Traversals are in the noise coordinates of the base prior, so that they
-mean the same in a hierarchy, where the groups below follow the one that is swept.
+mean the same in a hierarchy, where the groups below follow the one that is swept. The class, where there are any, stays.
 
 References:
   I. Higgins et al., beta-VAE: Learning Basic Visual Concepts with a Constrained Variational Framework, 2017 (traversals).
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from latentgen.evaluate import base, charts
-from latentgen.evaluate.base import Findings, Picture, Subject, batches, check_choice, check_count, codes, fetch, named_key
+from latentgen.evaluate.base import Findings, Picture, Subject, check_choice, check_count, codes, fetch, named_key
 from latentgen.evaluate.grids import grid, interleave
 
 PARTS = ('scatter', 'components', 'traversals')
@@ -179,7 +179,8 @@ def _traversals(subject: Subject, split, limit, mixture, images: int, dimensions
   def read(variables, x, key):
     trace = subject.method.trace(variables, x, key, 1)
     centre, variance = coordinates(trace)
-    return {'centre': centre, 'variance': variance}
+    label = {} if trace.label is None else {'label': trace.label[0]}
+    return {'centre': centre, 'variance': variance, 'image': x, **label}
 
   found = base.per_example(subject, 'latent_space', read, split, limit)
   centre, variance = found['centre'].astype(np.float64), found['variance'].mean(0)
@@ -196,12 +197,13 @@ def _traversals(subject: Subject, split, limit, mixture, images: int, dimensions
     points[:, i, :, d] = middle[d] + steps * deviation[d]
   points = jnp.asarray(points.reshape(-1, centre.shape[1]), jnp.float32)
   # The shapes of the levels, from which a group's slice of the codes follows.
-  key, raw, _ = next(batches(subject, 'latent_space', split, limit))
-  x = subject.preprocess(key, raw, False)['image']
-  shapes = [e.shape for e in jax.eval_shape(lambda v: subject.method.trace(v, x, key, 1), subject.variables).eps]
+  x = found['image'][:rows]
+  trace = jax.eval_shape(lambda v, x: subject.method.trace(v, x, subject.key, 1), subject.variables, x)
+  shapes = [e.shape for e in trace.eps]
+  whole = trace.prior is None and trace.posterior is not None  # the coordinates are the latents themselves
 
   @jax.jit
-  def decode(variables, points, key):
+  def decode(variables, points, label, key):
     levels, start = [], 0
     for g, _, _, *event in shapes:
       size = g * int(np.prod(event))
@@ -210,15 +212,17 @@ def _traversals(subject: Subject, split, limit, mixture, images: int, dimensions
 
     def choose(level, group, prior, context, key):
       del context, key
-      return prior.loc + prior.scale * levels[level][group]
+      return levels[level][group] if whole else prior.loc + prior.scale * levels[level][group]
 
-    return subject.method.simulate(variables, key, len(points), choose=choose).px.mean[0]
+    given = {} if label is None else {'label': jnp.broadcast_to(label, (len(points), *label.shape))}
+    return subject.method.simulate(variables, key, len(points), choose=choose, **given).px.mean[0]
 
   size = columns * len(active)
   key = named_key(subject.key, 'decode')
-  parts = [fetch(decode(subject.variables, points[i * size : (i + 1) * size], key)) for i in range(rows)]
+  label = found.get('label', [None] * rows)
+  parts = [fetch(decode(subject.variables, points[i * size : (i + 1) * size], label[i], key)) for i in range(rows)]
   swept = np.concatenate(parts).reshape(rows * len(active), columns, *x.shape[1:])
-  original = np.repeat(fetch(x)[:rows], len(active), 0)
+  original = np.repeat(x, len(active), 0)
   array = grid(interleave(original, *swept.swapaxes(0, 1)), columns + 1)
   return Picture(
     array,

@@ -19,6 +19,7 @@ from latentgen.evaluate.base import (
   check_choice,
   check_count,
   chosen_samplers,
+  class_above,
   drawn,
   fetch,
   named_key,
@@ -141,8 +142,13 @@ def _reconstructions(subject: Subject, split: str, n: int, pictures: dict[str, P
 
 def _levels(subject: Subject, split: str, n: int, columns: int, pictures: dict[str, Picture]) -> None:
   x, n, key = _first(subject, split, n)
-  infer = jax.jit(lambda variables, x, key: tuple(z[:, 0] for z in subject.method.trace(variables, x, key, 1).z))
-  z = infer(subject.variables, x, key)  # per level [g, b, ...]
+
+  @jax.jit
+  def infer(variables, x, key):
+    trace = subject.method.trace(variables, x, key, 1)
+    return jax.tree.map(lambda z: z[:, 0], trace.z), None if trace.label is None else trace.label[0]
+
+  z, label = infer(subject.variables, x, key)  # per level [g, b, ...]; [b, classes] or None
   total = sum(level.shape[0] for level in z)
   if total < 2:
     return
@@ -150,17 +156,18 @@ def _levels(subject: Subject, split: str, n: int, columns: int, pictures: dict[s
   size = x.shape[0]
 
   @jax.jit
-  def resample(variables, z, fixed, key):
+  def resample(variables, z, label, fixed, key):
     def choose(level, group, prior, context, key):
       del context
       drawn = prior.sample(key)
       return jnp.where(int(starts[level]) + group < fixed, z[level][group].astype(drawn.dtype), drawn)
 
-    return subject.method.simulate(variables, key, size, choose=choose).px.mean[0]
+    given = class_above(label, fixed, named_key(key, 'class'))
+    return subject.method.simulate(variables, key, size, choose=choose, **given).px.mean[0]
 
   shown = np.unique(np.rint(np.linspace(total, 0, min(columns, total + 1))).astype(int))[::-1]
   key = named_key(subject.key, 'resample')
-  cells = [fetch(resample(subject.variables, z, jnp.int32(fixed), key))[:n] for fixed in shown]
+  cells = [fetch(resample(subject.variables, z, label, jnp.int32(fixed), key))[:n] for fixed in shown]
   pictures['levels'] = Picture(
     grid(interleave(fetch(x)[:n], *cells), len(shown) + 1),
     'What each level decides',

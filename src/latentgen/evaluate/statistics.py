@@ -39,8 +39,9 @@ def auroc(positive: np.ndarray, negative: np.ndarray) -> Estimate:
 
 
 def balanced_accuracy(positive: np.ndarray, negative: np.ndarray) -> Estimate:
-  """Mean of both classes' share on the right side of 0; scores as in `auroc`."""
-  right, also = (np.asarray(positive) > 0).mean(1), (np.asarray(negative) < 0).astype(np.float64)
+  """Mean of both classes' share on the right side of 0, of which 0 itself is half; scores as in `auroc`."""
+  positive, negative = np.asarray(positive, np.float64), np.asarray(negative, np.float64)
+  right, also = np.heaviside(positive, 0.5).mean(1), np.heaviside(-negative, 0.5)
   return Estimate(float(right.mean() + also.mean()) / 2, math.sqrt(_squared_error(right) + _squared_error(also)) / 2)
 
 

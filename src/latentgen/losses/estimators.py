@@ -2,7 +2,12 @@
 
 All read `log_w` along the path alone: log p(x, z) - log q(z | x) with the parameters of q stopped and z live, so that
 the gradient of the inference network flows through its samples. Their values bound nothing; report `iwae`.
+
+As in the bounds, log-weights may be -inf (weight zero, no gradient), and values are float32 or wider; where all weights are zero
+the value is -inf.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +29,7 @@ def sticking_the_landing(log_w_path: Float[Array, 'k b']) -> Float[Array, ' b']:
     Roeder, Wu, Duvenaud, "Sticking the Landing: Simple, Lower-Variance Gradient Estimators for Variational Inference",
     2017, arXiv:1703.09194, section 4.
   """
-  return (jax.lax.stop_gradient(jax.nn.softmax(log_w_path, 0)) * log_w_path).sum(0)
+  return _weighted(log_w_path, lambda w: w)
 
 
 def doubly_reparameterised(log_w_path: Float[Array, 'k b'], alpha: ScalarLike = 0.0) -> Float[Array, ' b']:
@@ -45,6 +50,14 @@ def doubly_reparameterised(log_w_path: Float[Array, 'k b'], alpha: ScalarLike = 
     Tucker, Lawson, Gu, Maddison, "Doubly Reparameterized Gradient Estimators for Monte Carlo Objectives", 2018,
     arXiv:1810.04152, eqs. 8, 12 and 13.
   """
-  w = jax.nn.softmax(log_w_path, 0)
-  weights = (1.0 - alpha) * jnp.square(w) + alpha * (w - jnp.square(w))
-  return (jax.lax.stop_gradient(weights) * log_w_path).sum(0)
+  return _weighted(log_w_path, lambda w: (1.0 - alpha) * jnp.square(w) + alpha * (w - jnp.square(w)))
+
+
+def _weighted(log_w: Array, weights: Callable[[Array], Array]) -> Array:
+  """sum_k sg(weights(w~_k)) log w_k, w~ = w / sum w; [k, b] -> [b]."""
+  log_w = log_w.astype(jnp.promote_types(log_w.dtype, jnp.float32))
+  dead = jnp.isneginf(log_w)
+  none = dead.all(0)
+  w = jax.nn.softmax(jnp.where(none, 0.0, log_w), 0)
+  each = jax.lax.stop_gradient(weights(w)) * jnp.where(dead, 0.0, log_w)
+  return jnp.where(none, -jnp.inf, each.sum(0))

@@ -43,7 +43,7 @@ def optimal_scale(
     x: data, [b, *event].
     loc: decoder means, [*k, b, *event].
     per_example: one scale an example instead of one for the batch.
-    floor: smallest scale, in the units of x.
+    floor: smallest scale, in the units of x. At 0 a fit without any error has scale 0, and the gradient of its loss is NaN.
 
   Returns:
     [], or [*k, b, 1, ...] for `per_example`.

@@ -102,6 +102,7 @@ class LatentMethod(Base):
     sampler: str | None = None,
     temperature: float = 1.0,
     choose: Choose | None = None,
+    label: Array | None = None,
   ) -> Trace:
     """A top-down pass in evaluation mode: Trace with k = 1 and b = n.
 
@@ -112,9 +113,11 @@ class LatentMethod(Base):
       sampler: one of `samplers`; the first by default.
       temperature: factor on the standard deviation of every base conditional.
       choose: overrides the sampler group by group.
+      label: classes, one-hot [n, classes], of a network that has them; None: the network draws them.
     """
     choose = choose or self.chooser(variables, self.sampler(sampler), temperature)
-    return self._apply(variables['params'], variables['stats'], key, 'simulate', n, choose=choose)[0]
+    given = {} if label is None else {'y': label}
+    return self._apply(variables['params'], variables['stats'], key, 'simulate', n, choose=choose, **given)[0]
 
   def sample(self, variables: Variables, key: Key, n: int, sampler: str | None = None, temperature: float = 1.0) -> Array:
     """[n, h, w, c] decoder means."""
@@ -145,6 +148,16 @@ class LatentMethod(Base):
 
     stats, _ = jax.lax.scan(one, dict(variables['stats']), jax.random.split(key, batches))
     return {**variables, 'stats': stats}
+
+
+def without_classes(net: LatentNet, method: str) -> None:
+  """For methods whose gradient does not pass through classes that are drawn.
+
+  Raises:
+    UserError: the network draws classes.
+  """
+  if classes := getattr(net, 'num_classes', 0):
+    raise UserError(f"model.num_classes is {classes}: method {method!r} does not train classes; take 'semi_supervised', or set it to 0")
 
 
 def per_group(levels: tuple[Array, ...]) -> Array:

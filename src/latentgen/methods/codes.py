@@ -99,6 +99,7 @@ class CodesMethod(LatentMethod):
     sampler: str | None = None,
     temperature: float = 1.0,
     choose: Choose | None = None,
+    label: Array | None = None,
   ) -> Trace:
     if choose is None:
       params, stats = variables['params'], variables['stats']
@@ -106,7 +107,7 @@ class CodesMethod(LatentMethod):
       layout = self.coordinates(params, stats)
       u = self.draw(variables, own, n, layout.size, self.sampler(sampler), temperature)
       choose = layout.choose(u, super().chooser(variables, 'base', temperature))
-    return super().simulate(variables, key, n, sampler, temperature, choose)
+    return super().simulate(variables, key, n, sampler, temperature, choose, label)
 
 
 def folded(trace: Trace, x: Array, k: int) -> Trace:
@@ -114,7 +115,7 @@ def folded(trace: Trace, x: Array, k: int) -> Trace:
   fold = lambda tree, lead: jax.tree.map(lambda a: a.reshape(*a.shape[:lead], k, len(x), *a.shape[lead + 2 :]), tree)
   px = fold(trace.px, 0)
   levels = {name: fold(getattr(trace, name), 1) for name in ('eps', 'z', 'log_p', 'context', 'prior')}
-  return trace.replace(px=px, log_px=px.log_prob(x), **levels)
+  return trace.replace(px=px, log_px=px.log_prob(x), label=fold(trace.label, 0), **levels)
 
 
 def check_codes(codes: str, levels: int) -> None:

@@ -200,7 +200,8 @@ class EnergyPrior(CodesMethod):
       metrics['accepted'] = ctx.shared['accepted'].mean()
     if self.objective == 'likelihood':
       return negative.mean() - positive.mean(), Aux(metrics)
-    metrics['accuracy'] = ((positive > 0).mean() + (negative < 0).mean()) / 2
+    right = lambda logit: jnp.heaviside(logit, 0.5).mean()  # 0 is half right
+    metrics['accuracy'] = (right(positive) + right(-negative)) / 2
     return losses.nce(positive, negative), Aux(metrics)
 
   def _norm(self, u: Array) -> Array:

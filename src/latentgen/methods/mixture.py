@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from latentgen import losses
-from latentgen.distributions import GaussianMixture, Normal
+from latentgen.distributions import GaussianMixture, Normal, Repeated
 from latentgen.errors import UserError, near
 from latentgen.methods.base import LatentMethod
 from latentgen.priors import mixture as mixtures
@@ -37,7 +37,8 @@ class MixturePrior(LatentMethod):
 
   A component whose running share of the data falls below `reseed` / c starts anew at an example of the batch far from the
   others (of its class, where there are classes). Its parameters stay where the optimiser has them: a shift is added to them,
-  which lives in the statistics of the group `prior`.
+  which lives in the statistics of the group `prior`. Where config.train.accumulate splits a batch, shares, lambda and new starts
+  move with every part.
 
   Args:
     net: a network with one group of latent vectors and a Gaussian posterior.
@@ -209,7 +210,10 @@ class MixturePrior(LatentMethod):
     return jax.lax.stop_gradient((new, dead.sum()))
 
   def metrics(self, params: Params, ctx: Context) -> dict[str, Array]:
-    """nelbo under the mixture (one sample; a bound whatever the objective), and the divergence of the loss."""
+    """nelbo under the mixture (one sample; a bound whatever the objective), and the divergence of the loss.
+
+    With classes the classifier's error, 0 where there is no label.
+    """
     variables = {'params': params, 'stats': ctx.stats}
     trace = self.trace(variables, ctx.batch['image'], ctx.key)
     found = {'nelbo': sum(r.sum(0) for r in trace.rate()).mean(0) - trace.log_px.mean(0), 'nll_px': -trace.log_px.mean(0)}
@@ -217,7 +221,7 @@ class MixturePrior(LatentMethod):
       found['cauchy_schwarz'] = losses.cauchy_schwarz(_gaussian(trace), self.mixture(variables))
     if self.classes and 'label' in ctx.batch:
       guess = self._classify(variables, ctx.batch['image'], ctx.key).argmax(-1)
-      found['error'] = (guess != ctx.batch['label']).astype(jnp.float32)
+      found['error'] = ((ctx.batch['label'] >= 0) & (guess != ctx.batch['label'])).astype(jnp.float32)
     return found
 
   # -------------------------------------------------------------------------------------------- evaluation
@@ -262,10 +266,22 @@ class MixturePrior(LatentMethod):
 
     return choose
 
-  def simulate(self, variables: Variables, key: Key, n: int, *args: Any, **kwargs: Any) -> Trace:
-    """As any method's, with `log_p` under the mixture."""
-    trace = super().simulate(variables, key, n, *args, **kwargs)
-    return trace.replace(log_p=(self.mixture(variables).log_prob(trace.z[0]),), prior=None)
+  def simulate(
+    self,
+    variables: Variables,
+    key: Key,
+    n: int,
+    sampler: str | None = None,
+    temperature: float = 1.0,
+    choose: Choose | None = None,
+    label: Array | None = None,
+  ) -> Trace:
+    """As any method's, with the mixture as the prior that `choose` sees, and `log_p` under it."""
+    p, own = self.mixture(variables), choose
+    if choose is not None:
+      own = lambda level, group, prior, context, key: choose(level, group, Repeated(p, n), context, key)
+    trace = super().simulate(variables, key, n, sampler, temperature, own, label)
+    return trace.replace(log_p=(p.log_prob(trace.z[0]),), prior=None)
 
 
 def _latent(trace: Trace) -> int:

@@ -74,7 +74,8 @@ class NCE(LatentMethod):
     """Sum over the groups of both mean cross-entropies; chance is 2 log 2 a group."""
     positive, negative = self._logits(params['critic'], ctx.shared)
     each = jnp.concatenate([jax.vmap(losses.nce)(p, n) for p, n in zip(positive, negative, strict=True)])
-    accuracy = jnp.stack([((p > 0).mean() + (n < 0).mean()) / 2 for p, n in zip(positive, negative, strict=True)])
+    right = lambda logit: jnp.heaviside(logit, 0.5).mean()  # 0 is half right
+    accuracy = jnp.stack([(right(p) + right(-n)) / 2 for p, n in zip(positive, negative, strict=True)])
     metrics = {'nce_per_group': each.mean(), 'accuracy_mean': accuracy.mean(), 'nce_best_group': each.min()}
     return each.sum(), Aux(metrics)
 
@@ -149,4 +150,11 @@ def build(
   for name in ('proposals', 'chunk', 'normaliser_proposals', 'samples', 'langevin_steps'):
     if options.get(name, 1) < 1:
       raise UserError(f'method.{name} is {options[name]}, need at least 1')
+  for name, value in (('channels', channels), ('layers', layers)):
+    if value < 1:
+      raise UserError(f'method.{name} is {value}, need at least 1')
+  if set(blocks) - set('AB'):
+    raise UserError(f"method.blocks is {blocks!r}, need a text of 'A' and 'B'")
+  if not options.get('step_size', 1.0) > 0:
+    raise UserError(f'method.step_size is {options["step_size"]}, need a positive number')
   return NCE(net, Tilted(Critic(channels, blocks, layers), coordinates), **options)

@@ -238,6 +238,7 @@ class BIVA(nn.Module):
       posterior=tuple(t['posterior'] for t in terms) if x is not None else None,
       log_px=None,
       px=images.pixel_likelihood(unfold(raw, 0), self.likelihood, self.image_shape[2], self.bits, self.mixtures),
+      label=None if y is None else unfold(y, 0),
     )
     return trace, None if logits is None else jnp.moveaxis(logits.reshape(b, k, classes), 1, 0)
 
@@ -261,7 +262,7 @@ def build(image_shape: Sequence[int], **options: Any) -> BIVA:
       raise UserError(f'model.{name} is {values}, need one whole number of at least {least} a layer, fine to coarse')
   if max(net.strides) > 2:
     raise UserError(f'model.strides is {net.strides}, need 1 or 2 for each stage')
-  for name, least in (('blocks', 1), ('filters', 1), ('head_kernel', 0), ('num_classes', 0), ('mixtures', 1)):
+  for name, least in (('blocks', 1), ('filters', 1), ('head_kernel', 0), ('num_classes', 0), ('mixtures', 1), ('bits', 1)):
     if getattr(net, name) < least:
       raise UserError(f'model.{name} is {getattr(net, name)}, need at least {least}')
   for name in ('dropout_q', 'dropout_p'):

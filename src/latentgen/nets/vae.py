@@ -29,7 +29,8 @@ MOMENTUM = 0.99  # of the running average of 'analytic'
 def soft_clip(log_scale: Array, low: float | None, high: float | None) -> Array:
   """Softly between two bounds, either of which may be missing.
 
-  low + softplus(x - low), then high - softplus(high - x): strictly increasing, and x itself far from the bounds.
+  low + softplus(x - low), then high - softplus(high - x): strictly increasing, and x itself far from the bounds. With both the
+  result can be below low, by up to log(1 + e^(low - high)): it counts where they are a few nats apart.
 
   Args:
     log_scale: log standard deviation, any shape.
@@ -112,8 +113,8 @@ class VAE(nn.Module):
       square error of the batch in training, of its running average in evaluation and samples; 'image', of z; 'pixel',
       of z for every pixel and channel.
     log_scale: log standard deviation that those which are not a number start at (at or near it).
-    log_scale_floor: soft lower bound (hard for 'analytic'); None is no bound. The default, exp(-6), is about half a level
-      of 8 bits.
+    log_scale_floor: soft lower bound (hard for 'analytic', which needs one); None is no bound. The default, exp(-6), is about
+      half a level of 8 bits.
     log_scale_ceiling: upper bound, likewise.
     mixtures: components (dmol).
     bits: bits a pixel (dmol).
@@ -261,6 +262,8 @@ def build(image_shape: Sequence[int], **options: Any) -> VAE:
     optional = value is None and key != 'log_scale'
     if not optional and (isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value)):
       raise UserError(f'model.{key} is {value!r}, need a number{"" if key == "log_scale" else " or None"}')
+  if net.scale == 'analytic' and low is None:
+    raise UserError("model.log_scale_floor is None, need a number, as -6.0: the gradient of model.scale = 'analytic' is NaN at 0")
   if low is not None and high is not None and low >= high:
     raise UserError(f'model.log_scale_floor is {low}, need less than model.log_scale_ceiling, {high}')
   if not isinstance(net.bounded, bool):
@@ -269,6 +272,9 @@ def build(image_shape: Sequence[int], **options: Any) -> VAE:
     raise UserError(f"model.dtype is {net.dtype!r}, not 'float32' or 'bfloat16'")
   if not all(type(width) is int and width > 0 for width in net.hidden):
     raise UserError(f'model.hidden is {net.hidden!r}, need positive whole numbers')
+  for name in ('latent', 'mixtures', 'bits'):
+    if type(value := getattr(net, name)) is not int or value < 1:
+      raise UserError(f'model.{name} is {value!r}, need a positive whole number')
   if net.conv and not net.hidden:
     raise UserError('model.hidden is empty: a convolutional VAE needs a width for each halving of the map')
   return net

@@ -31,7 +31,8 @@ class Flow:
   lower rank, then permutes them. Ranks are 0 and 1 in equal parts ('coupling') or all different ('autoregressive').
 
   Args:
-    kind: 'coupling', nearly as fast in both directions; 'autoregressive', d passes for a sample, one for a density.
+    kind: 'coupling', two passes for a sample, nearly as fast in both directions; 'autoregressive', d passes for a sample, one
+      for a density.
     transformer: the monotone function, a rational-quadratic 'spline' or 'affine'.
     layers: of that kind.
     width: hidden units of a layer's network.
@@ -112,8 +113,9 @@ class Flow:
     return jax.lax.scan(step, (y, total), self._stack(params, v.shape[-1]))[0]
 
   def evaluations(self, params: Any, d: int, sampler: str) -> float:
-    del sampler
-    return 1.0
+    """Passes through all layers: one a rank."""
+    del params, sampler
+    return float(_ranks(self, d).max() + 1) if self.layers else 0.0
 
   def _stack(self, params: Any, d: int) -> tuple[Any, Array]:
     """(parameters of the layers, their permutations [layers, d]), the layer nearest to the data first."""

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from latentgen.distributions import Normal
 from latentgen.errors import UserError
@@ -26,7 +27,8 @@ class Moments:
   def fit(self, key: Key, u: Any) -> dict[str, Array]:
     if self.standard:
       return self.init(key, u.shape[1])
-    return {'loc': jnp.asarray(u.mean(0), jnp.float32), 'scale': jnp.asarray(u.std(0), jnp.float32)}
+    scale = np.maximum(u.std(0), 1e-6 * max(u.std(), 1e-6))  # a coordinate that never varies stays finite
+    return {'loc': jnp.asarray(u.mean(0), jnp.float32), 'scale': jnp.asarray(scale, jnp.float32)}
 
   def sample(self, params: Any, key: Key, n: int, d: int, sampler: str, temperature: float) -> Array:
     del sampler
