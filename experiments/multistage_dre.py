@@ -12,10 +12,12 @@ posterior inferred anew under the prior so far. A ratio starts at zero, and ends
 finds nothing to correct after `patience_steps` is handed on as zero, so that the number of stages follows the data.
 
 Measured by the command above, seed 0: AUROC of a classifier between posterior codes and draws of N(0, I) 0.735, Langevin 0.549, SIR
-0.554 (standard error 0.026); Fréchet distance 15.8, 5.2, 6.3 (training images: 4.4).
+0.554 (standard error 0.025); Fréchet distance 15.8, 5.2, 6.3 (training images: 4.4).
 
 No code of the authors was found, and of the paper only abstract, introduction and a figure's caption could be read: the schedule is
-our reading. Deviations (paper / here / why):
+our reading.
+
+Deviations (paper / here / why):
   latent dimension, widths, number of stages: unread / those of the latent EBM, three stages
   the negatives of later stages from a persistent pool or short chains / short chains, through the priors of all stages in turn /
     the same process then samples the model

@@ -19,7 +19,7 @@ Measured with the default command (seed 0, 250 test digits; standard errors in b
     by the reconstruction, by the sum     1.000           1.000           1.000
   a classifier tells samples from digits  AUROC 0.550 (0.018), chance 1/2
   restoration, squared error a pixel      lower half unknown 0.043 (0.011) at the heaviest mode, 0.083 (0.006) for the mean image;
-                                          noise of deviation 0.3: 0.019 (0.002), 0.095 (0.003) before
+                                          noise of deviation 0.3: 0.019 (0.002), 0.094 (0.003) before
 None of :fashion, :mnist and the other densities has been run to its end.
 
 Deviations (paper / here / why):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from latentgen import assembly
 from latentgen.data import ArraySource, preprocess
 from latentgen.errors import UserError
 
@@ -127,10 +128,23 @@ def test_what_does_not_go_together(options, key):
     preprocess.make(**options)
 
 
+@pytest.mark.parametrize('binarize', ['fresh', 'threshold', 'fixed'])
+def test_only_bytes_are_binarised(binarize):
+  config = dict(name='toy', train=20, valid=5, test=5, batch_size=4, binarize=binarize)
+  with pytest.raises(UserError, match=f"config.data.binarize = '{binarize}' needs images of bytes, and these are float32"):
+    splits, function, _ = assembly.build_data(config, 0)
+    function(KEY, splits['train'].take([0]), True)
+
+
+@pytest.mark.parametrize('option, default', [({'bits': 5}, 8), ({'dequantize': True}, False), ({'pad': 2}, 0), ({'flip': True}, False)])
+def test_options_for_bytes_are_refused_for_points_by_their_key(option, default):
+  (name, value), batch = *option.items(), {'image': jnp.zeros((1, 1, 2, 1))}
+  with pytest.raises(UserError, match=f'config.data.{name} = {value} needs images of bytes, and these are float32; set it to {default}'):
+    preprocess.make(**option)(KEY, batch, True)
+
+
 def test_only_bytes_are_preprocessed():
   points = {'image': jnp.full((2, 3, 3, 1), -1.5)}
   np.testing.assert_array_equal(preprocess.make()(KEY, points, True)['image'], points['image'])
-  with pytest.raises(TypeError, match='uint8'):
-    preprocess.make(bits=4)(KEY, points, True)
   with pytest.raises(TypeError, match='uint8'):
     preprocess.make()(KEY, {'image': jnp.zeros((2, 3, 3, 1), jnp.int32)}, True)

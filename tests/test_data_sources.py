@@ -75,6 +75,7 @@ def test_digits_held_out_classes():
   assert found['train'].num_classes == 10
   for bad in ((10,), tuple(range(10)), 'ab', 3, ([1],)):
     assert 'config.data.held_out_classes' in message(load, 'digits', held_out_classes=bad)
+  assert 'must be a tuple of some of the digits 0 to 9, as (8,)' in message(load, 'digits', held_out_classes=8)
 
 
 # ---------------------------------------------------------------------------------------------- sources

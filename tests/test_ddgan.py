@@ -535,4 +535,7 @@ def test_modes_of_known_samples():
 def test_modes_need_points():
   with pytest.raises(UserError, match="'modes' needs labelled points"):
     modes.check(data.load('toy', kind='factors', components=2))
-  modes.check(grid(train=100, valid=10, test=10))
+  points = grid(train=100, valid=10, test=10)
+  with pytest.raises(UserError, match="'modes' needs labelled points, and these data have no labels"):
+    modes.check({split: data.ArraySource(source.take(slice(None))['image'], None) for split, source in points.items()})
+  modes.check(points)

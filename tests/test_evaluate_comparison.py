@@ -44,6 +44,11 @@ class Prior:
     return 7.0
 
 
+@dataclasses.dataclass(frozen=True)
+class Wide(Prior):
+  samplers = ('normal', 'wide')
+
+
 def subject(**priors):
   z = np.random.default_rng(0).normal(size=(200, 2))
   images = np.zeros((200, 4, 4, 1), np.uint8)
@@ -89,6 +94,12 @@ def test_the_better_prior_wins_every_column_and_its_cost_is_counted(tmp_path):
     tmp_path, config={}, header='A <title>', results=found.results, pictures=(), metrics=(), tables=found.tables.values()
   ).read_text()
   assert '<strong>' in page and table.title in page
+
+
+def test_pictures_are_its_own_beside_those_of_samples():
+  tasks = {'comparison': SMALL, 'samples': dict(samplers=('normal', 'wide'), count=4, parts=('samplers',))}
+  found = run_all(subject(two=Wide()), tasks)
+  assert {'comparison_samples', 'comparison_auroc', 'before_after', 'samples_normal'} <= found.images.keys()
 
 
 def test_priors_without_a_density_have_no_bounds():

@@ -1,9 +1,11 @@
 """The files that an evaluation leaves behind."""
 
+import ast
 import base64
 import io
 import json
 import math
+import pathlib
 import re
 
 import numpy as np
@@ -11,6 +13,9 @@ from PIL import Image
 import pytest
 
 from latentgen.evaluate import Picture, Result, charts, report, write_pictures, write_results
+from latentgen.files import TEMPORARY
+
+EXPERIMENTS = sorted((pathlib.Path(__file__).parents[1] / 'experiments').glob('*.py'))
 
 HEADER = """A title of <b>some</b> experiment.
 
@@ -87,7 +92,7 @@ def test_report_escapes_and_says_what_it_must(tmp_path):
 def test_report_is_the_same_to_the_byte(tmp_path):
   (tmp_path / 'a' / 'run').mkdir(parents=True), (tmp_path / 'b' / 'run').mkdir(parents=True)
   assert page(tmp_path / 'a' / 'run') == page(tmp_path / 'b' / 'run')
-  assert not [p for p in (tmp_path / 'a' / 'run').rglob('*') if 'partial' in p.name]
+  assert not [p for p in (tmp_path / 'a' / 'run').rglob('*') if p.name.endswith(TEMPORARY)]
 
 
 def test_report_shows_the_pictures_themselves(tmp_path):
@@ -95,6 +100,20 @@ def test_report_shows_the_pictures_themselves(tmp_path):
   first = base64.b64decode(re.search(r'data:image/png;base64,([^"]*)', text)[1])
   with Image.open(io.BytesIO(first)) as image:
     assert (np.asarray(image) == 9).all() and image.size == (30, 20)
+
+
+@pytest.mark.parametrize('names, first', [
+  (('x', 'comparison_samples'), 'comparison_samples'),
+  (('comparison_samples', 'before_after'), 'before_after'),
+  (('x', 'y'), None),
+])  # fmt: skip
+def test_the_picture_that_leads(tmp_path, names, first):
+  images = {name: Picture(np.zeros((4, 4), np.uint8), f'title of {name}') for name in names}
+  pictures = write_pictures(tmp_path / 'samples', images)
+  paper = [{'name': 'FID', 'paper': 24.08}]
+  text = report.write(tmp_path, config={'a': 1}, header='', results={}, pictures=pictures, metrics=[], paper=paper).read_text()
+  leads = [name for name in names if text.index(f'title of {name}') < text.index('Beside the paper')]
+  assert leads == ([first] if first else [])
 
 
 def test_report_of_almost_nothing(tmp_path):
@@ -134,6 +153,8 @@ def test_pictures_round_trip(tmp_path):
     (0.51234, None, '0.5123'),
     (5000.0, None, '5,000'),
     (1e-5, None, '1e-05'),
+    (math.nan, math.nan, 'nan'),
+    (1.5, math.inf, '1.5'),
   ],
 )
 def test_numbers_show_what_their_error_lets_one_read(value, stderr, text):
@@ -151,3 +172,10 @@ def test_charts_hold_no_date_and_lines_of_one_family_share_one():
     figure, ax = charts.axes(2, 1)
     ax.plot([0, 1], [0, 1])
     assert charts.pixels(figure).dtype == np.uint8
+
+
+@pytest.mark.parametrize('path', EXPERIMENTS, ids=lambda p: p.stem)
+def test_every_experiments_deviations_stand_at_the_end_of_its_header(path):
+  _, text, deviations = report.split_header(ast.get_docstring(ast.parse(path.read_text())))
+  assert deviations and 'Command' in text
+  assert 'Measured' not in deviations

@@ -1,6 +1,7 @@
 """The tasks on a hierarchical toy method whose posteriors, samplers and critics are known."""
 
 import dataclasses
+import inspect
 import math
 
 import jax
@@ -10,9 +11,9 @@ import pytest
 import scipy.stats
 
 from latentgen.data.source import ArraySource
-from latentgen.distributions import Independent, Normal
+from latentgen.distributions import Bernoulli, Independent, Normal
 from latentgen.errors import UserError
-from latentgen.evaluate import Subject, check_tasks, features, run_all
+from latentgen.evaluate import Subject, check_subject, check_tasks, features, names, run_all, task_module
 from latentgen.evaluate.grids import GAP, grid
 from latentgen.types import Trace, ancestral
 
@@ -169,6 +170,13 @@ def test_calibration_of_exact_and_of_overconfident_critics():
   assert exact.images['calibration'].array.dtype == np.uint8
 
 
+def test_critics_as_they_began_are_right_half_of_the_time():
+  results = run_all(subject(n=20, factor=0.0), {'calibration': {'repeats': 2}}).results
+  for name in ('', '/level0/group0', '/level1/group1'):
+    found = results[f'calibration{name}/accuracy']
+    assert found.value == 0.5 and found.stderr == 0.0
+
+
 def test_partition_shows_the_bias_at_m_and_ten_m():
   results = run_all(subject(n=400), {'partition': {'proposals': 5, 'limit': 400}}).results
   # log-normal r: exact log Z = 0, Var r = e^{d^2} - 1 with d^2 = SHIFT^2 WIDTH; to first order -Var / (2 M) a group.
@@ -205,6 +213,34 @@ def test_fixed_groups_stay_and_the_others_change():
       other = cell(row, column)
       same = [(whole[g, :WIDTH] == other[g, :WIDTH]).all() for g in range(3)]
       assert same == [True] * fixed + [False] * (3 - fixed)
+
+
+class Classed(Toy):
+  """The last pixel tells the class, which the posterior reads off the image's first."""
+
+  def _with(self, trace, label):
+    mean = trace.px.base.loc.at[0, :, 3, 3, 0].set(label.argmax(-1) / 2)
+    return trace.replace(px=Independent(Normal(mean, 0.1), 3), label=label[None])
+
+  def trace(self, variables, x, key, k=1):
+    return self._with(super().trace(variables, x, key, k), jax.nn.one_hot(jnp.int32(2.9 * x[:, 0, 0, 0]), 3))
+
+  def simulate(self, variables, key, n, sampler=None, temperature=1.0, choose=None, label=None):
+    return self._with(super().simulate(variables, key, n, sampler, temperature, choose), label)
+
+
+def test_the_class_stays_while_any_group_does():
+  s = dataclasses.replace(subject(n=64), method=Classed())
+  image = s.data['test'].take(slice(None))['image'] / 255
+  array = run_all(s, {'samples': {'images': 60, 'parts': ('levels',)}}).images['levels'].array
+  scale, gap = 12, 2
+  tile = 4 * scale + gap
+  last = array[gap + 3 * scale :: tile, gap + 3 * scale :: tile][:60].astype(float) / 255  # [images, columns]
+  want = np.float32(2.9 * image[:60, 0, 0, 0]).astype(int) / 2
+  assert len(np.unique(want)) > 1
+  np.testing.assert_allclose(last[:, 1:4], np.repeat(want[:, None], 3, 1), atol=1 / 255)
+  counts = [np.sum(np.abs(last[:, 4] - c / 2) < 1e-2) for c in range(3)]
+  assert sum(counts) == 60 and min(counts) > 5  # uniform, 20 each
 
 
 def test_grid_layout():
@@ -247,3 +283,68 @@ def test_bad_options_name_the_key(tasks, words):
 def test_options_are_checked_before_any_work():
   with pytest.raises(UserError, match='config.evaluate.samples.cout: unknown option; did you mean .count.'):
     check_tasks({'likelihood': {}, 'samples': {'cout': 3}})
+
+
+def test_options_that_tasks_have_by_default_pass_their_checks():
+  for task in names():
+    options = list(inspect.signature(task_module(task).run).parameters.values())[1:]
+    check_tasks({task: {p.name: p.default for p in options}})
+  check_tasks({'samples': {'readjust_batches': 0, 'samplers': 'base', 'temperatures': (1, 0.5)}, 'comparison': {'priors': (('a', 'b'),)}})
+
+
+@pytest.mark.parametrize(
+  ('task', 'option', 'value'),
+  [
+    ('likelihood', 'limit', 0),
+    ('likelihood', 'limit', 2.5),
+    ('likelihood', 'samples', None),
+    ('likelihood', 'split', ('valid', 'test')),
+    ('two_sample', 'folds', 1),
+    ('two_sample', 'coordinates', 'x'),
+    ('samples', 'temperatures', 0.5),
+    ('samples', 'temperatures', (1.0, 0.0)),
+    ('samples', 'readjust_batches', -1),
+    ('samples', 'samplers', 3),
+    ('latent_space', 'parts', ('scater',)),
+    ('inpainting', 'hidden', 'lower'),
+    ('restoration', 'noise', -0.1),
+    ('restoration', 'unknown', 'upper'),
+    ('clustering', 'components', 0),
+    ('clustering', 'baselines', ('means',)),
+    ('anomaly', 'lower', 'modus'),
+    ('gradient_snr', 'objectives', ('elbow',)),
+    ('gradient_snr', 'inner', (1, 0)),
+    ('gradient_snr', 'draws', 1),
+    ('comparison', 'priors', ('flow',)),
+    ('probe', 'inverse_penalty', 'small'),
+  ],
+)
+def test_values_of_options_are_checked_by_name_and_type(task, option, value):
+  with pytest.raises(UserError, match=f'config.evaluate.{task}.{option}: '):
+    check_tasks({task: {option: value}})
+
+
+@pytest.mark.parametrize(
+  ('tasks', 'words'),
+  [
+    ({'likelihood': {'split': 'tst'}}, "config.evaluate.likelihood.split: unknown value 'tst'; did you mean 'test'?"),
+    ({'two_sample': {'split': ('valid', 'tst')}}, "config.evaluate.two_sample.split: unknown value 'tst'"),
+    ({'two_sample': {'split': ('valid', 'test'), 'limit': 4}}, 'config.evaluate.two_sample.limit .*at least 10, not 8'),
+    ({'two_sample': {'samplers': 'lerned'}}, "config.evaluate.two_sample.samplers: unknown value 'lerned'"),
+    ({'manifold': {'stages': ('vea',)}}, "config.evaluate.manifold.stages: unknown value 'vea'"),
+    ({'comparison': {'priors': (('base', 'vea'),)}}, "config.evaluate.comparison.priors: unknown value 'vea'"),
+    ({'clustering': {}}, "'clustering' needs labels, and split 'test' has none"),
+    ({'gradient_snr': {}}, "'gradient_snr' needs methods.iwae, not Toy"),
+  ],
+)
+def test_what_a_run_does_not_have_is_refused_before_training(tasks, words):
+  with pytest.raises(UserError, match=words):
+    check_subject(tasks, sources(labels=False), Toy(), ('vae',))
+
+
+def test_a_decoder_that_is_not_gaussian_is_refused_before_training():
+  key, x = jax.random.key(0), jnp.zeros((2, 4, 4, 1))
+  check_subject({'uncertainty': {}}, sources(), Toy(), trace=lambda: jax.eval_shape(Toy().trace, {}, x, key))
+  bernoulli = lambda: dataclasses.replace(Toy().trace({}, x, key), px=Independent(Bernoulli(x), 3))
+  with pytest.raises(UserError, match="'uncertainty' needs a Gaussian decoder, and this one is Bernoulli"):
+    check_subject({'uncertainty': {}}, sources(), Toy(), trace=bernoulli)

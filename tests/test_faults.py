@@ -11,6 +11,8 @@ import sys
 import time
 
 import faults
+import numpy as np
+from PIL import Image
 from processes import end, together
 import pytest
 
@@ -108,6 +110,21 @@ def test_two_processes_evaluate_like_one(tmp_path):
   for name, result in one.items():  # the order of sums alone differs
     assert abs(result['value'] - two[name]['value']) <= 2e-3 * max(1.0, abs(result['value'])), name
     assert result['n'] == two[name]['n']
+  drawn = []
+  split = ('--config.mesh.fsdp=2', '--config.mesh.min_shard_size=1')
+  for begin, mesh in ((pair, split), (lambda *args: [start(*args)], ())):  # from the same parameters
+    processes = begin(tmp_path / 'two', *args, '--mode=sample', '--sampler=base', '--num=11', *mesh)
+    status, said = end(processes, seconds=300)
+    assert not any(status), said
+    folder = tmp_path / 'two' / 'samples' / 'nce'
+    with np.load(folder / 'drawn-base.npz', allow_pickle=False) as found, Image.open(folder / 'drawn-base.png') as image:
+      drawn.append((found['images'], np.asarray(image).astype(int)))
+    for path in folder.glob('drawn*'):
+      path.unlink()
+  (two, picture), (one, other) = drawn
+  assert two.shape == (11, 8, 8, 1) and picture.shape == other.shape
+  np.testing.assert_allclose(two, one, atol=1e-4)
+  assert abs(picture - other).max() <= 1
 
 
 def test_no_room_for_a_checkpoint_is_said_and_the_last_good_one_stays(tmp_path):

@@ -14,6 +14,7 @@ import pytest
 
 from latentgen import config as configs, sections, workdir as workdirs
 from latentgen.errors import UserError
+from latentgen.files import TEMPORARY
 from latentgen.train import checkpoint, sharding, writers
 
 MINE = {
@@ -33,6 +34,17 @@ def test_config_json(tmp_path, count):
       found = survives(lambda: workdirs.check(tmp_path, MINE), bad)
       assert not isinstance(found, UserError) or str(tmp_path) in str(found)
       assert path.read_bytes() == bad and len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_decides_nothing_may_change_in_a_finished_run(tmp_path):
+  row = {'name': 'log p(x)', 'paper': -80.0}
+  before = {**MINE, 'config': {**MINE['config'], 'paper': [row]}}
+  (tmp_path / 'config.json').write_text(json.dumps(before))
+  for paper in ([{**row, 'paper': -80.5}], [row, row], []):
+    workdirs.check(tmp_path, {**before, 'config': {**MINE['config'], 'paper': paper}})
+  workdirs.check(tmp_path, MINE)
+  with pytest.raises(UserError, match='was made with config.seed = 0, not 1'):
+    workdirs.check(tmp_path, {**before, 'config': {**before['config'], 'seed': 1}})
 
 
 @runs(100, 2000)
@@ -84,7 +96,7 @@ def test_names_in_a_checkpoint_folder(tmp_path, count):
 def test_links_and_folders_in_place_of_files(tmp_path):
   outside, workdir = tmp_path / 'outside', tmp_path / 'run'
   outside.write_text('mine')
-  for name in ('.lock', 'config.json.tmp', 'metrics.tmp', 'seconds.tmp'):
+  for name in ('.lock', *(f'{name}{TEMPORARY}' for name in ('config.json', 'metrics.jsonl', 'seconds.json'))):
     workdir.mkdir()
     (workdir / name).symlink_to(outside)
     (workdir / 'metrics.jsonl').write_text('torn\n')
@@ -109,6 +121,29 @@ def test_links_and_folders_in_place_of_files(tmp_path):
     shutil.rmtree(workdir)
   os.mkfifo(tmp_path / 'config.json')  # reading it would wait for ever
   assert 'is damaged' in str(survives(lambda: workdirs.read(tmp_path), 'fifo'))
+
+
+def test_what_a_kill_leaves_of_config_json_is_no_other_run(tmp_path):
+  (tmp_path / 'config.json.tmp').write_text('{"experiment": "va')
+  (tmp_path / '.lock').touch()
+  workdirs.check(tmp_path, MINE)
+  with workdirs.claim(tmp_path, MINE):
+    assert workdirs.read(tmp_path) == MINE
+  assert sorted(p.name for p in tmp_path.iterdir()) == ['.lock', 'config.json']
+  (tmp_path / 'config.json').rename(tmp_path / 'other.json')
+  with pytest.raises(UserError, match='holds files but no run'):
+    workdirs.check(tmp_path, MINE)
+
+
+def test_config_json_that_another_process_writes_between_two_looks_is_read(tmp_path, monkeypatch):
+  with workdirs.claim(tmp_path, MINE):
+    pass
+  for mine, said in ((MINE, None), ({**MINE, 'variant': 'mnist'}, 'holds experiment vae_nce:smoke, not vae_nce:mnist')):
+    looks = iter((None, workdirs.read(tmp_path)))
+    with monkeypatch.context() as patched:
+      patched.setattr(workdirs, 'read', lambda workdir, looks=looks: next(looks))
+      found = survives(lambda mine=mine: workdirs.check(tmp_path, mine), mine['variant'])
+    assert said in str(found) if said else found is None
 
 
 def test_paths_of_work_directories(tmp_path, monkeypatch):

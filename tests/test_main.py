@@ -3,17 +3,20 @@
 import json
 import os
 import pathlib
+import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from latentgen import config as configs, main as command, sections
+from latentgen import config as configs, evaluate as evaluation, main as command, run as modes, sections
 from latentgen.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -39,16 +42,50 @@ BAD = [
   (['--config.stages.vae.steps=many'], "config.stages.vae.steps is int"),
   (['--config.stages.vae.steps=1.5'], "config.stages.vae.steps is int"),
   (['--config.stages.vae=3'], 'config.stages.vae is a section'),
+  (['--config.stages.vae.frozen=3'], 'config.stages.vae.frozen does not exist; known: best, ema, load, method, optim, patience_steps, st'),
+  (['--config.vae.steps=3'], 'config.vae does not exist; did you mean config.stages.vae?'),
+  (['--config.stages.vea.steps=3'], 'config.stages.vea does not exist; did you mean config.stages.vae?'),
   (['--config.stages.vae.steps=0'], 'config.stages.vae.steps is 0'),
   (['--config.stages.vae.steps=-1'], 'config.stages.vae.steps is -1'),
   (['--config.stages.vae.optim.vae.learning_rate=-1.0'], 'config.stages.vae.optim.vae.learning_rate is -1.0'),
   (['--config.stages.vae.optim.vae.name=adm'], "is no optimiser of optax; did you mean 'adam'?"),
   (['--config.evaluate.likelihood.samples=0'], 'config.evaluate.likelihood.samples'),
   (['--config.evaluate.likelihood.bouns=5'], "config.evaluate.likelihood.bouns: unknown option; did you mean 'bounds'"),
+  (['--config.evaluate.likelihood.limit=-3'], 'config.evaluate.likelihood.limit: must be an integer of at least 1, not -3'),
+  (['--config.evaluate.likelihood.bounds=5'], 'config.evaluate.likelihood.bounds: must be tuple[int], not 5'),
+  (['--config.evaluate.two_sample.split=tst'], "config.evaluate.two_sample.split: unknown value 'tst'; did you mean 'test'?"),
+  (['--config.evaluate.two_sample.limit=1'], 'config.evaluate.two_sample.limit (images found): must be an integer of at least 10'),
+  (["--config.evaluate.frechet.samplers=('sirr',)"], "config.evaluate.frechet.samplers: unknown value 'sirr'"),
+  (['--config.evaluate.frechet.limit=3'], 'config.evaluate.frechet.limit (images found): must be an integer of at least 20'),
+  (["--config.evaluate.samples.parts=('sampler',)"], "config.evaluate.samples.parts: unknown value 'sampler'"),
+  (["--config.evaluate.samples.temperatures=(-1.0,)"], 'config.evaluate.samples.temperatures: must be positive, not -1.0'),
+  (["--config.evaluate.tasks=('likelihood','uncertainty')"], "'uncertainty' needs a Gaussian decoder"),
+  (["--config.evaluate.tasks=('gradient_snr',)"], "'gradient_snr' needs methods.iwae, not NCE"),
+  (['--config.evaluate.anomaly.lowr=mode'], "config.evaluate.anomaly.lowr: unknown option; did you mean 'lower'?"),
+  (['--config.evaluate.anomly.lower=mode'], 'config.evaluate.anomly does not exist; did you mean config.evaluate.anomaly?'),
+  (["--config.evaluate.tasks=('anomaly',)", '--config.evaluate.anomaly.outliers=nois'], "config.evaluate.anomaly.outliers names 'nois'"),
+  (['--config.evaluate.anomaly=3'], 'config.evaluate.anomaly is a section'),
+  (['--config.stages.vae.bst=nelbo'], 'config.stages.vae.bst does not exist; did you mean config.stages.vae.best?'),
+  (['--config.stages.vae.best=nelb'], "config.stages.vae.best is no validation metric of the stage; did you mean 'nelbo'"),
+  (['--config.stages.vae.patience_steps=-1'], 'config.stages.vae.patience_steps is -1'),
+  (['--config.stages.vae.ema.encodr=0.9'], 'config.stages.vae.ema.encodr: no such parameter group'),
+  (['--config.stages.nce.load.critic=vea'], "config.stages.nce.load.critic names stage 'vea'"),
+  (['--config.image_shap=(8,8,1)'], 'config.image_shap does not exist; did you mean config.image_shape?'),
+  (['--config.paper=3'], 'config.paper holds 3, need rows dict(name='),
+  (["--config.paper=({'name':'x','when':3},)"], 'config.paper holds a row with when = 3'),
+  (["--config.paper=({'name':'x','ours':3},)"], 'config.paper holds a row with ours = 3'),
   (['--config.stages.vae.method.free_bitz=1.0'], "free_bitz does not exist; did you mean 'free_bits'?"),
   (['--config.stages.vae.optim.vae.nesterof=True'], "nesterof does not exist; did you mean 'nesterov'?"),
   (["--config.evaluate.tasks=('likelyhood',)"], 'likelyhood'),
   (['--config.stages.nce.method.proposals=0'], 'method.proposals is 0'),
+  (['--config.stages.nce.method.step_size=-0.05'], 'config.stages.nce.method.step_size is -0.05, need a positive number'),
+  (['--config.stages.nce.method.step_size=0'], 'config.stages.nce.method.step_size is 0.0, need a positive number'),
+  (['--config.stages.nce.method.channels=0'], 'config.stages.nce.method.channels is 0, need at least 1'),
+  (['--config.stages.nce.method.layers=0'], 'config.stages.nce.method.layers is 0, need at least 1'),
+  (['--config.stages.nce.method.blocks=AC'], "config.stages.nce.method.blocks is 'AC'"),
+  (['--config.stages.vae.method.beta=-1'], 'config.stages.vae.method.beta is -1'),
+  (['--config.stages.vae.method.warmup_portion=1.5'], 'config.stages.vae.method.warmup_portion is 1.5, need a share of the stage'),
+  (['--config.stages.vae.method.warmup_start=-0.1'], 'config.stages.vae.method.warmup_start is -0.1, need a share of the stage'),
   (['--config.stages.nce.method.coordinates=w'], "method.coordinates is 'w'"),
   (["--config.recipe=('nce',)"], 'config.stages.nce.load.decoder names stage'),
   (["--config.recipe=('vae','nse')"], "names stage 'nse'; did you mean 'nce'?"),
@@ -57,6 +94,13 @@ BAD = [
   (['--config.data.batch_size=5000'], 'config.data.batch_size'),
   (['--config.model.name=vay'], "did you mean 'vae'?"),
   (['--config.model.likelihood=poisson'], 'poisson'),
+  (['--config.model.latent=-2'], 'config.model.latent is -2, need a positive whole number'),
+  (['--config.model.mixtures=0'], 'config.model.mixtures is 0, need a positive whole number'),
+  (['--config.model.bits=0'], 'config.model.bits is 0, need a positive whole number'),
+  (['--config.model.likelihood=bernoulli'], "config.model.likelihood = 'bernoulli' is over black and white, and config.data.binarize"),
+  (['--config.data.bits=5'], 'config.model.bits is 4 and config.data.bits is 5'),
+  (['--config.data.dequantize=True'], "config.model.likelihood = 'dmol' is over whole grey levels, and config.data.dequantize is True"),
+  (['--config.data.bits=8', '--config.data.binarize=fresh'], "config.model.likelihood = 'dmol' is over grey levels, and config.data.bina"),
   (['--config.mesh.fsdp=3'], 'config.mesh.fsdp is 3'),
   (['--config.mesh.min_shard_size=0'], 'config.mesh.min_shard_size is 0'),
   (['--config.mesh.rule=0'], "config.mesh.rule does not exist; did you mean 'rules'?"),
@@ -65,8 +109,14 @@ BAD = [
   (['--confg=x'], 'unknown flag --confg; did you mean'),
   (['--num=0', '--mode=sample'], '--num is 0'),
   (['--mode=evaluate'], 'holds no run'),
+  (['--workdir='], '--workdir is empty'),
+  (['--num=8'], '--num needs --mode=sample'),
+  (['--mode=evaluate', '--sampler=base'], '--sampler needs --mode=sample'),
+  (['--temperature=0.5'], '--temperature needs --mode=sample'),
   (['--sweep=x'], 'no sweep of that name'),
   (['--sweep=seeds', '--sweep_index=3'], 'has 3 runs'),
+  (['--sweep=seeds', '--config.seed=7'], '--config.seed is set by sweep seeds; leave it out'),
+  (['--sweep=seeds', '--sweep_index=0', '--config.seed=7'], '--config.seed is set by sweep seeds; leave it out'),
   (['stray'], 'stray'),
 ]  # fmt: skip
 
@@ -80,11 +130,42 @@ def test_bad_input_is_one_line_that_names_the_key_and_touches_nothing(tmp_path, 
   assert not workdir.exists()
 
 
+def test_a_key_inside_a_prior_is_named_once(tmp_path):
+  args = [f'--config={ROOT / "experiments" / "pae.py"}:smoke', f'--workdir={tmp_path / "run"}']
+  with pytest.raises(UserError, match='^config.stages.density.method.prior.knots is 0, need a whole number of at least 2'):
+    command.main([*args, '--config.stages.density.method.prior.knots=0'])
+
+
+@pytest.mark.parametrize(
+  'network, option, value',
+  [
+    ('nvae', 'latent', 0),
+    ('nvae', 'channels', 0),
+    ('nvae', 'cells_decoder', 0),
+    ('nvae', 'mixtures', 0),
+    ('nvae', 'bits', -1),
+    ('nvae', 'flows', -1),
+    ('biva', 'bits', 0),
+    ('biva', 'mixtures', 0),
+    ('ddgan', 'latent', -1),
+    ('iwae', 'latents', (0,)),
+    ('iwae', 'hidden', ((0,),)),
+  ],
+)
+def test_sizes_of_networks_are_refused_by_their_key(tmp_path, network, option, value):
+  args = [f'--config={ROOT / "experiments" / network}.py:smoke', f'--workdir={tmp_path / "run"}']
+  with pytest.raises(UserError, match=re.escape(f'config.model.{option} is {value}')):
+    command.main([*args, f'--config.model.{option}={value}'])
+
+
 @pytest.mark.parametrize(
   'spec, message',
   [
     ('experiments/vae_nce.py:smok', "has no variant 'smok'; did you mean 'smoke'?"),
     ('experiments/vae_nces.py', "there is no file 'experiments/vae_nces.py'; did you mean 'experiments/vae_nce.py'?"),
+    ('vae_nce.py', "there is no file 'vae_nce.py'; did you mean 'experiments/vae_nce.py'?"),
+    ('vae_nce:smoke', "there is no file 'vae_nce'; did you mean 'experiments/vae_nce.py'?"),
+    ('nowhere/vae_nce.py', "did you mean 'experiments/vae_nce.py'?"),
     ('Makefile', 'not a Python file'),
   ],
 )
@@ -109,6 +190,12 @@ def test_keys_that_a_file_misspells(section, key):
     config[section] = {key: True}
   with pytest.raises(UserError, match=f'config.{section}.{key} does not exist; did you mean'):
     sections.check(config)
+
+
+def test_the_papers_numbers_are_rows():
+  config = sections.plain(configs.load(NCE)[1])
+  with pytest.raises(UserError, match='config.paper is .*, need a tuple of rows'):
+    sections.check({**config, 'paper': dict(name='x', paper=1.0)})
 
 
 def test_damaged_idx_files_and_empty_folders(tmp_path):
@@ -191,6 +278,107 @@ def test_a_key_of_one_section_leaves_another_that_was_made_from_the_same_dict(tm
   assert config.one.to_dict() == {'rate': 5.0, 'inner': {'width': 2}}
   assert config.other.to_dict() == {'rate': 1.0, 'inner': {'width': 7}}
   assert config.follows == config.rate == 4.0
+
+
+def test_what_a_file_leaves_out_can_be_set(tmp_path):
+  (tmp_path / 'bare.py').write_text(
+    'from ml_collections import ConfigDict\n'
+    'def get_config(variant):\n'
+    '  return ConfigDict(dict(data={}, model={}, recipe=("vae",), stages=dict(vae=dict(steps=3, ema=dict(decoder=0.9)))))\n'
+  )
+  _, config = configs.load(str(tmp_path / 'bare.py'))
+  values = {
+    'evaluate.tasks': "('anomaly',)", 'evaluate.anomaly.outliers': 'noise', 'evaluate.anomaly.samples': '3',
+    'evaluate.frechet.limit': 'None', 'image_shape': '(8, 8, 1)', 'mesh.data': '1', 'train.log_every_steps': '5',
+    'stages.vae.best': 'nelbo', 'stages.vae.patience_steps': '2', 'stages.vae.ema.encoder': '0.5', 'stages.vae.load.decoder': 'vae',
+  }  # fmt: skip
+  configs.override(config, values)
+  sections.check(config)
+  assert modes.tasks(config) == {'anomaly': {'outliers': 'noise', 'samples': 3}}
+  assert config.evaluate.frechet.limit is None and config.image_shape == (8, 8, 1)
+  stage = config.stages.vae.to_dict()
+  assert stage == dict(steps=3, best='nelbo', patience_steps=2, ema=dict(decoder=0.9, encoder=0.5), load=dict(decoder='vae'))
+  with pytest.raises(UserError, match='config.evaluate.anomly does not exist; did you mean config.evaluate.anomaly?'):
+    configs.override(config, {'evaluate.anomly.samples': '3'})
+
+
+def test_references_are_followed_in_every_run_of_a_sweep(tmp_path, monkeypatch):
+  (tmp_path / 'pair.py').write_text(
+    'from ml_collections import ConfigDict\n'
+    'def get_config(variant):\n'
+    '  c = ConfigDict(dict(data={}, model=dict(width=3), rate=1.0))\n'
+    '  c.model.height = 2 * c.model.get_ref("width")\n'
+    '  c.follows = c.get_ref("rate")\n'
+    '  return c\n'
+    'def sweep(name):\n'
+    '  return [{"model.width": 5}, {}, {"rate": 2.0}]\n'
+  )
+  seen = []
+  monkeypatch.setattr(modes, 'train', lambda c: seen.append((c.config.model.width, c.config.model.height, c.config.follows)))
+  for i in range(3):
+    command.main([f'--config={tmp_path}/pair.py', '--sweep=x', f'--sweep_index={i}'])
+  monkeypatch.setattr('latentgen.sweeps.collect', lambda *args: None)
+  command.main([f'--config={tmp_path}/pair.py', '--sweep=x'])
+  assert seen == 2 * [(5, 10, 1.0), (3, 6, 1.0), (3, 6, 2.0)]
+  command.main([f'--config={tmp_path}/pair.py', '--config.model.width=4'])
+  assert seen[-1] == (4, 8, 1.0)
+
+
+def commanded(path, args):
+  """The command that such arguments make, and its config."""
+  flags, overrides = command.parse(args)
+  file, config = configs.load(flags.config)
+  configs.override(config, overrides)
+  return modes.Command(file, config, overrides, path, flags), config
+
+
+def test_the_command_of_a_report_is_what_a_shell_reads(tmp_path):
+  folder = tmp_path / 'a $HOME; folder'
+  folder.mkdir()
+  (folder / 'mine.py').write_text(f'import sys\nsys.path.insert(0, {str(ROOT / "experiments")!r})\nfrom vae_nce import get_config, VARIANTS\n')
+  values = {
+    'evaluate.tasks': "('likelihood', 'samples')", 'data.path': "it's; rm $HOME `ls` & > x | *", 'stages.vae.steps': '7', 'seed': '3',
+    'mesh.rules': '(("dec/.*", "fsdp"),)',
+  }  # fmt: skip
+  args = [f'--config={folder}/mine.py:smoke', *(f'--config.{key}={value}' for key, value in values.items())]
+  made, config = commanded(tmp_path, args)
+  words = shlex.split(made.text())
+  assert words[:3] == ['python', '-m', 'latentgen.main'] and words[3:] == args
+  assert commanded(tmp_path, words[3:])[1].to_json() == config.to_json()
+  said = subprocess.run(['sh', '-c', made.text().replace('python -m latentgen.main', "printf '%s\\n'")], capture_output=True, text=True)
+  assert said.stdout.splitlines() == args
+
+
+def test_a_result_that_is_not_finite_is_left_out_and_said(tmp_path, monkeypatch, capsys):
+  made, config = commanded(tmp_path, [f'--config={NCE}', "--config.evaluate.tasks=('samples',)"])
+  result = lambda *numbers: evaluation.Result(numbers[0], 'nats', 3, *numbers[1:])
+  found = {'good': result(1.0, 0.5), 'lost': result(float('nan')), 'far': result(float('inf'), 1.0), 'vague': result(2.0, float('nan'))}
+  picture = evaluation.Picture(np.zeros((4, 4), np.uint8), 'A picture')
+  findings = evaluation.Findings(found, {'x': picture}, {'t': evaluation.Table(['a'], [['1']], 'T')})
+  monkeypatch.setattr(evaluation, 'run_all', lambda target, tasks: findings)
+  monkeypatch.setattr(modes, 'subject', lambda run: None)
+  mine = {'config': sections.plain(config), 'versions': {}, 'revision': None, 'seed': 0, 'mesh': {}, 'data': {}}
+  modes._evaluate(made, types.SimpleNamespace(recipe=[types.SimpleNamespace(name='nce')]), mine)
+  assert json.loads((tmp_path / 'results.json').read_text()).keys() == {'run', 'good'}
+  lines = [line for line in capsys.readouterr().err.splitlines() if 'left out of results.json' in line]
+  assert [line.split()[0] for line in lines] == ['lost', 'far', 'vague'] and lines[1].startswith('far is not finite (inf ± 1.0)')
+  assert (tmp_path / 'samples' / 'nce' / 'x.png').exists() and (tmp_path / 'tables' / 't.csv').exists()
+  page = (tmp_path / 'report.html').read_text()
+  assert 'good' in page and '>vague<' not in page
+
+
+@pytest.mark.parametrize('process', [0, 1])
+def test_the_first_process_alone_writes_samples(tmp_path, monkeypatch, process):
+  made, _ = commanded(tmp_path / 'run', [f'--config={NCE}', '--mode=sample', '--num=5'])
+  method = types.SimpleNamespace(
+    sampler=lambda name: 'base', sample=lambda variables, key, n, sampler, temperature: jax.random.uniform(key, (n, 4, 4, 1))
+  )
+  target = types.SimpleNamespace(method=method, variables={}, key=jax.random.key(0), batch_size=2)
+  monkeypatch.setattr(modes, '_trained', lambda c: (types.SimpleNamespace(recipe=[types.SimpleNamespace(name='nce')]), {}))
+  monkeypatch.setattr(modes, 'subject', lambda run: target)
+  monkeypatch.setattr(jax, 'process_index', lambda: process)
+  modes.sample(made)
+  assert sorted(p.name for p in (tmp_path / 'run').rglob('drawn*')) == ['drawn-base.npz', 'drawn-base.png'][: 2 - 2 * process]
 
 
 # ---------------------------------------------------------------------------------------------- whole runs

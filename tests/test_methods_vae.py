@@ -420,6 +420,9 @@ def test_clipping_comes_before_the_decay():
   ({'warmup_steps': 10}, 'x.warmup_steps is 10'),
   ({'weight_decay': -1.0}, 'x.weight_decay is -1.0'),
   ({'schedule': 'linear', 'final_learning_rate': 1e-4}, "x.schedule is 'linear'"),
+  ({'schedule': 'stair'}, "x.schedule is 'stair'.*did you mean 'stairs'"),
+  ({'schedule': 'stairs', 'final_learning_rate': 0.0}, "x.final_learning_rate is 0.* 'stairs'"),
+  ({'schedule': 'exponential', 'final_learning_rate': 0}, "x.final_learning_rate is 0.* 'exponential'"),
 ])  # fmt: skip
 def test_optimisers_that_cannot_be(options, message):
   with pytest.raises(UserError, match=message):

@@ -120,6 +120,17 @@ def drawn(monkeypatch, chart):
   return [np.transpose(line.get_data()).tolist() for line in ax.lines], [t.get_text() for t in ax.texts], ax
 
 
+def test_points_of_a_sweep_that_overrides_nothing_carry_the_names_of_the_runs(monkeypatch):
+  seen = {}
+  monkeypatch.setattr(sweeps.charts, 'svg', lambda figure: seen.update(ax=figure.axes[0]) or b'')
+  results = {'likelihood/elbo': result(1.0), 'likelihood/rate': result(2.0)}
+  members = [sweeps.Member(f'none-{i}', {}, results) for i in range(2)]
+  sweeps.draw({'x': 'likelihood/rate', 'y': 'likelihood/elbo'}, members, sweeps.swept([{}, {}]))
+  assert [(line.get_label(), line.get_xydata().tolist()) for line in seen['ax'].lines] == [
+    ('none-0', [[2.0, 1.0]]), ('none-1', [[2.0, 1.0]])
+  ]  # fmt: skip
+
+
 def test_a_word_among_numbers_is_a_line_across(monkeypatch):
   lines, texts, ax = drawn(monkeypatch, CHARTS[0])
   assert lines[0] == [[0.1, 20.0], [1.0, -60.0]] and texts == []  # in the order of the key

@@ -108,6 +108,32 @@ def _image_shape(source: Any, preprocess: Callable[..., Any]) -> tuple[int, int,
   return built('config.data', jax.eval_shape, function, jax.random.key(0))['image'].shape[1:]
 
 
+def check_likelihood(net: Any, data: Mapping[str, Any], source: Any) -> None:
+  """Refuses a decoder whose distribution is over other values than the images have.
+
+  Args:
+    net: a network; one without `likelihood` goes with all images.
+    data: `config.data`.
+    source: the training images.
+
+  Raises:
+    UserError: one line that names the keys of both.
+  """
+  likelihood, binarize, bits = getattr(net, 'likelihood', None), data.get('binarize', 'none'), data.get('bits', 8)
+  where = f'config.model.likelihood = {likelihood!r}'
+  if likelihood == 'dmol':
+    if binarize != 'none':
+      raise UserError(f"{where} is over grey levels, and config.data.binarize is {binarize!r}; take 'bernoulli', or binarize = 'none'")
+    if data.get('dequantize', False):
+      raise UserError(f"{where} is over whole grey levels, and config.data.dequantize is True; take 'normal', or dequantize = False")
+    if bits != net.bits:
+      raise UserError(f'config.model.bits is {net.bits} and config.data.bits is {bits}; with {where} they must be the same')
+  if likelihood == 'bernoulli' and binarize == 'none':
+    image = source.take(slice(0, 64))['image']
+    if ((image != 0) & (image != (255 if image.dtype == 'uint8' else 1))).any():
+      raise UserError(f"{where} is over black and white, and config.data.binarize is 'none'; set it to 'fresh', or take 'normal'")
+
+
 def build(config: ConfigDict, workdir: pathlib.Path, mesh: Any = None, shapes_only: bool = False) -> Any:
   """The whole run of a config.
 
@@ -129,6 +155,7 @@ def build(config: ConfigDict, workdir: pathlib.Path, mesh: Any = None, shapes_on
   splits, preprocess, batch_size = build_data(config['data'], seed, shape)
   recipe = build_recipe(config, _image_shape(splits['train'], preprocess))
   checks.check_names(recipe)
+  check_likelihood(getattr(recipe[0].method, 'net', None), config['data'], splits['train'])
   if mesh is None:
     options = {k: v for k, v in config.get('mesh', {}).items() if k in ('data', 'fsdp')}
     mesh = built('config.mesh', sharding.make_mesh, **options)
@@ -161,3 +188,28 @@ def check_shapes(run: Any, allocated: bool = True) -> None:
     state = built(where, run.abstract, stage)
     if allocated and run.mesh.devices.flat[0].platform == 'cpu':
       memory.check(cost.bytes_per_device(state), f'{where}, parameters and optimisers,', 'make config.model smaller')
+
+
+def check_evaluation(run: Any, tasks: Mapping[str, Mapping[str, Any]]) -> None:
+  """Refuses tasks that cannot work on what is evaluated, the last stage, as far as its shapes tell.
+
+  Args:
+    run: what `build` has made.
+    tasks: {task: its options}.
+
+  Raises:
+    UserError: one line that names the key.
+  """
+  import jax
+
+  from latentgen import evaluate
+  from latentgen.train import step
+
+  stage = run.recipe[-1]
+
+  def trace():
+    key, variables = jax.random.key(0), step.evaluation_variables(run.abstract(stage))
+    batch = jax.eval_shape(lambda raw: run.preprocess(key, raw, False), run.example())
+    return jax.eval_shape(lambda variables, x: stage.method.trace(variables, x, key, 1), variables, batch['image'])
+
+  evaluate.check_subject(tasks, run.data, stage.method, [s.name for s in run.recipe], trace)

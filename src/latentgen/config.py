@@ -21,6 +21,7 @@ from latentgen.sections import DEBUG, flatten, plain
 
 OPEN = ('data', 'model', 'train', 'mesh', 'evaluate.*', 'stages.*.method', 'stages.*.method.prior', 'stages.*.optim.*')
 # sections whose options belong to what they configure, which checks them itself
+NAMED = ('evaluate.*', 'stages.*.ema', 'stages.*.load')  # likewise, and any two of their names may be near each other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +46,14 @@ def load(spec: str) -> tuple[File, ConfigDict]:
   name, _, variant = spec.partition(':')
   path = pathlib.Path(name)
   try:
-    there, folder = path.is_file(), path.parent if path.parent.is_dir() else pathlib.Path('experiments')
+    there = path.is_file()
+    known = [p for folder in dict.fromkeys((path.parent, pathlib.Path('experiments'))) for p in sorted(folder.glob('*.py'))]
   except OSError as error:
     raise UserError(f'--config: {name!r} cannot be looked up ({error.strerror}); give the path of a file') from error
   if not there:
-    found = [p.as_posix() for p in folder.glob('*.py')] if folder.is_dir() else []
-    raise UserError(f'--config: there is no file {name!r}{near(name, found) if found else ""}')
+    same = [p.as_posix() for p in known if p.stem == path.stem]
+    hint = f'; did you mean {same[0]!r}?' if same else near(name, map(str, known)) if known else ''
+    raise UserError(f'--config: there is no file {name!r}{hint}')
   loader = importlib.util.spec_from_file_location(f'latentgen_experiment_{path.stem}', path)
   if loader is None:
     raise UserError(f'--config: {name!r} is not a Python file')
@@ -95,8 +98,9 @@ def _unshared(config: ConfigDict) -> ConfigDict:
 def override(config: ConfigDict, values: Mapping[str, Any]) -> None:
   """Sets dotted keys in place; texts are read as Python literals of the type that the key has.
 
-  A section in OPEN also takes keys that the file does not set, unless they look like a misspelt one. Naming another
-  data set drops the options of the one before.
+  A section in OPEN also takes keys that the file does not set, unless they look like a misspelt one; one in NAMED takes all.
+  What a file may leave out can be set as if it were there: the options of any task, `best` of a stage and the like. Naming
+  another data set drops the options of the one before.
 
   Raises:
     UserError: an unknown key (with the near miss) or a value of another type.
@@ -110,20 +114,40 @@ def override(config: ConfigDict, values: Mapping[str, Any]) -> None:
     *parents, last = key.split('.')
     node = config
     for i, part in enumerate(parents):
+      path = '.'.join(parents[: i + 1])
+      if isinstance(node, ConfigDict) and part not in node and _left_out(config).get(path):
+        _set(node, path, part, ConfigDict())
       if not isinstance(node, ConfigDict) or part not in node:
-        _unknown('.'.join(parents[: i + 1]), config)
+        _unknown(path, config)
       node = node[part]
     if not isinstance(node, ConfigDict):
       _unknown(key, config)
-    if last not in node and any(fnmatch.fnmatchcase('.'.join(parents), pattern) for pattern in OPEN):
-      if not difflib.get_close_matches(last, node, n=1, cutoff=0.75):
-        _set(node, key, last, _literal(value))
-        continue
     if last not in node:
-      _unknown(key, config)
+      inside = lambda patterns, path='.'.join(parents): any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
+      free = inside(OPEN) and not difflib.get_close_matches(last, node, n=1, cutoff=0.75)
+      if not free and not inside(NAMED):
+        section = _left_out(config).get(key)
+        if section is None:
+          _unknown(key, config)
+        if section:
+          raise UserError(f'config.{key} is a section; set one of its keys')
+      _set(node, key, last, _literal(value))
+      continue
     if isinstance(node[last], ConfigDict):
       raise UserError(f'config.{key} is a section; set one of its keys: {", ".join(node[last])}')
     _set(node, key, last, _coerce(key, value, node[last]))
+
+
+def _left_out(config: ConfigDict) -> dict[str, bool]:
+  """{key that a file may leave out: whether it is a section}."""
+  from latentgen.evaluate import names
+
+  tasks = [f'evaluate.{name}' for name in names()]
+  stages = config.get('stages')
+  stages = [f'stages.{name}' for name in stages] if isinstance(stages, ConfigDict) else []
+  keys = ['image_shape', 'seed', 'evaluate.tasks', *(f'{stage}.{key}' for stage in stages for key in ('best', 'patience_steps'))]
+  sections = ['evaluate', 'mesh', 'train', *tasks, *(f'{stage}.{key}' for stage in stages for key in ('ema', 'load'))]
+  return dict.fromkeys(keys, False) | dict.fromkeys(sections, True)
 
 
 def _set(node: ConfigDict, key: str, last: str, value: Any) -> None:
@@ -135,12 +159,15 @@ def _set(node: ConfigDict, key: str, last: str, value: Any) -> None:
 
 
 def _unknown(key: str, config: ConfigDict) -> None:
-  known = flatten(config)
-  close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-  if not close:  # the last name alone, wherever it stands
-    tails = {k.split('.')[-1]: k for k in known}
-    close = [tails[t] for t in difflib.get_close_matches(key.split('.')[-1], tails, n=1, cutoff=0.6)]
-  hint = f'; did you mean config.{close[0]}?' if close else f'; its sections: {", ".join(config)}'
+  leaves = [*flatten(config), *_left_out(config)]
+  known = sorted({'.'.join(parts[: i + 1]) for parts in (leaf.split('.') for leaf in leaves) for i in range(len(parts))})
+  parent, _, last = key.rpartition('.')
+  beside = {name.rpartition('.')[2]: name for name in known if name.rpartition('.')[0] == parent}
+  close = []
+  anywhere = {name.rpartition('.')[2]: name for name in sorted(known, key=lambda name: -name.count('.'))}  # outermost of a name
+  for names in (beside, anywhere):
+    close = close or [names[name] for name in difflib.get_close_matches(last, names, n=1, cutoff=0.6)]
+  hint = f'; did you mean config.{close[0]}?' if close else f'; known: {", ".join(beside or config)}'
   raise UserError(f'config.{key} does not exist{hint}')
 
 

@@ -30,9 +30,9 @@ def near(word: object, known: Iterable[str]) -> str:
   return did_you_mean(word, known) or f'; known: {", ".join(known) or "none"}'
 
 
-def one_line(error: BaseException) -> str:
+def one_line(error: BaseException, longest: int = 300) -> str:
   """What kind of error it is and the beginning of what it says. Goes into a `UserError`."""
-  return f'{type(error).__name__}: {" ".join(str(error).split())[:300]}'
+  return f'{type(error).__name__}: {" ".join(str(error).split())[:longest]}'
 
 
 class TrainingDiverged(Exception):

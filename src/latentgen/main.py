@@ -5,7 +5,8 @@ full disk). 143: stopped by SIGTERM with everything saved, to be started again.
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+import copy
 import ctypes
 import errno
 import gc
@@ -17,10 +18,11 @@ import sys
 from typing import Any, NoReturn
 
 from latentgen import hugepages
-from latentgen.errors import Preempted, SaveFailed, TrainingDiverged, UserError, did_you_mean
+from latentgen.errors import Preempted, SaveFailed, TrainingDiverged, UserError, did_you_mean, one_line
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 PREEMPTED = 128 + 15
+SHORT = 160  # characters of another's message
 AGAIN = 'if another process has gone, start all again: the same command goes on from the last checkpoint'
 EXPLICIT = 'set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or --distributed=off'
 MODES = ('train', 'evaluate', 'sample', 'estimate', 'collect')
@@ -45,8 +47,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
   parser.add_argument('--sweep', metavar='NAME', help='runs the override sets of sweep(NAME), then shows them on one page')
   parser.add_argument('--sweep_index', type=int, metavar='I', help='only the I-th of them; the page by --mode=collect')
   parser.add_argument('--sampler', help='mode sample: one of the samplers of the last stage')
-  parser.add_argument('--num', type=int, default=64, help='mode sample: number of images')
-  parser.add_argument('--temperature', type=float, default=1.0, help='mode sample: factor on the deviations of the base prior')
+  parser.add_argument('--num', type=int, help='mode sample: number of images, 64 by default')
+  parser.add_argument('--temperature', type=float, help='mode sample: factor on the deviations of the base prior, 1 by default')
   known = [a for action in parser._actions for a in action.option_strings]
   overrides, rest = {}, []
   for arg in argv:
@@ -61,6 +63,13 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
   flags, extra = parser.parse_known_args(rest)
   if extra:
     raise UserError(f'unexpected argument {extra[0]!r}; flags are written --name=value')
+  if flags.workdir == '':
+    raise UserError('--workdir is empty; name a folder, or leave it out')
+  for name in ('sampler', 'num', 'temperature'):
+    if getattr(flags, name) is not None and flags.mode != 'sample':
+      raise UserError(f'--{name} needs --mode=sample; leave it out')
+  flags.num = 64 if flags.num is None else flags.num
+  flags.temperature = 1.0 if flags.temperature is None else flags.temperature
   if flags.num < 1:
     raise UserError(f'--num is {flags.num}, need at least 1')
   if not 0 < flags.temperature < math.inf:
@@ -96,7 +105,7 @@ def _pods() -> int:
 
     return K8sCluster.get_process_count() if K8sCluster.is_env_present() else 1
   except Exception as error:
-    what = f'Kubernetes does not say how many pods this Job has ({_line(error)})'
+    what = f'Kubernetes does not say how many pods this Job has ({one_line(error, SHORT)})'
     raise UserError(f'--distributed: {what}; {EXPLICIT}') from error
 
 
@@ -132,7 +141,7 @@ def start_jax(distributed: str) -> None:
     except jax.errors.JaxRuntimeError:  # processes that do not come
       raise
     except (ValueError, RuntimeError) as error:
-      raise UserError(f'--distributed={distributed}: {_line(error)}; {EXPLICIT}') from error
+      raise UserError(f'--distributed={distributed}: {one_line(error, SHORT)}; {EXPLICIT}') from error
     _leave_when_aborted()
 
 
@@ -165,14 +174,14 @@ def main(argv: Sequence[str]) -> None:
     raise UserError('--mode=collect shows all runs of a sweep; leave --sweep_index out')
   if flags.mode == 'collect' and flags.sweep is None:
     raise UserError('--mode=collect needs --sweep=NAME')
-  members = sweep(file, flags.sweep, flags.sweep_index)
+  members = sweep(file, flags.sweep, flags.sweep_index, overrides)
   workdir = pathlib.Path(flags.workdir or pathlib.Path('runs') / file.name)
   whole = flags.sweep is not None and flags.sweep_index is None and flags.mode in ('train', 'evaluate', 'collect')
   sets = [values for _, values in members]
   if whole:
     sweeps.check(file, flags.sweep, sets)
   for name, values in members if flags.mode != 'collect' else ():
-    one = config.copy_and_resolve_references() if values else config
+    one = copy.deepcopy(config)  # with its references
     configs.override(one, {**values, **overrides})
     command = run.Command(file, one, {**values, **overrides}, workdir / name if name else workdir, flags)
     with assembly.forms(one):
@@ -181,8 +190,8 @@ def main(argv: Sequence[str]) -> None:
     sweeps.collect(file, flags.sweep, sets, workdir)
 
 
-def sweep(file, name: str | None, index: int | None):
-  """The override sets to run: (folder, {key: value}); one empty set where nothing is swept."""
+def sweep(file, name: str | None, index: int | None, overrides: Collection[str] = ()):
+  """The override sets to run: (folder, {key: value}); one empty set where nothing is swept. None sets a key of `overrides`."""
   if name is None:
     return [('', {})]
   if not callable(getattr(file.module, 'sweep', None)):
@@ -192,11 +201,14 @@ def sweep(file, name: str | None, index: int | None):
   except KeyError as error:
     raise UserError(f'--sweep={name}: {file.path} has no sweep of that name') from error
   except Exception as error:
-    raise UserError(f'--sweep={name}: {file.path}: sweep({name!r}) failed: {_line(error)}') from error
+    raise UserError(f'--sweep={name}: {file.path}: sweep({name!r}) failed: {one_line(error, SHORT)}') from error
   if not all(isinstance(s, Mapping) and all(isinstance(key, str) for key in s) for s in sets):
     raise UserError(f'--sweep={name}: {file.path}: sweep({name!r}) must return dicts of config keys and values')
   if index is not None and not 0 <= index < len(sets):
     raise UserError(f'--sweep_index is {index}, sweep {name!r} has {len(sets)} runs')
+  for key in overrides:
+    if any(key in s for s in sets):
+      raise UserError(f'--config.{key} is set by sweep {name}; leave it out')
   return [(f'{name}-{i}', s) for i, s in enumerate(sets) if index in (None, i)]
 
 
@@ -220,15 +232,11 @@ def cli() -> None:
   except RuntimeError as error:  # what the runtime of JAX raises
     if not _several():
       raise
-    _leave(1, f'{_line(error)}; {AGAIN}')
+    _leave(1, f'{one_line(error, SHORT)}; {AGAIN}')
 
 
 def _several() -> bool:
   return 'jax' in sys.modules and sys.modules['jax'].process_count() > 1
-
-
-def _line(error: BaseException) -> str:
-  return f'{type(error).__name__}: {" ".join(str(error).split())[:160]}'
 
 
 def _leave(status: int, message: Any) -> NoReturn:

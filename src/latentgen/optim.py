@@ -38,7 +38,7 @@ def build(
     steps: length of the stage.
     name: an optimiser of optax, such as 'adam' or 'adamax', or 'muon': orthogonal steps for matrices, Adam's for the rest.
     learning_rate: after the warm-up.
-    final_learning_rate: at the end of the stage; None keeps `learning_rate`.
+    final_learning_rate: at the end of the stage; None keeps `learning_rate`, 0 is for 'cosine' alone.
     warmup_steps: linear from 0.
     schedule: between the two rates, 'cosine', 'exponential', or 'stairs': 8 constant rates in geometric progression, each
       held three times as long as the one before (Burda et al., 2015, arXiv 1509.00519, section 5).
@@ -66,14 +66,18 @@ def build(
       raise UserError(f'{where}.{option} does not exist{near(option, known | set(WRAPPER))}')
   if not learning_rate > 0:
     raise UserError(f'{where}.learning_rate is {learning_rate!r}, need a positive number')
+  if schedule not in SCHEDULES:
+    raise UserError(f'{where}.schedule is {schedule!r}{near(schedule, SCHEDULES)}')
   if final_learning_rate is not None and not 0 <= final_learning_rate:
     raise UserError(f'{where}.final_learning_rate is {final_learning_rate!r}, need a number of at least 0')
+  if final_learning_rate == 0 and schedule != 'cosine':
+    raise UserError(f"{where}.final_learning_rate is 0, need a positive number with schedule {schedule!r}, or schedule 'cosine'")
   for key, value in (('warmup_steps', warmup_steps), ('weight_decay', weight_decay), ('clip_norm', clip_norm), ('skip_norm', skip_norm)):
     if value < 0:
       raise UserError(f'{where}.{key} is {value!r}, need at least 0')
   if warmup_steps and steps and warmup_steps >= steps:
     raise UserError(f'{where}.warmup_steps is {warmup_steps}, need less than the {steps} steps of the stage')
-  rate = _rate(where, schedule, learning_rate, final_learning_rate, max(steps - warmup_steps, 1))
+  rate = _rate(schedule, learning_rate, final_learning_rate, max(steps - warmup_steps, 1))
   if warmup_steps:
     rate = optax.join_schedules([optax.linear_schedule(0.0, learning_rate, warmup_steps), rate], [warmup_steps])
   chain = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
@@ -111,15 +115,13 @@ def _scaled(where: str, rates: Sequence[tuple[str, float]]) -> optax.GradientTra
   return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def _rate(where: str, schedule: str, first: float, last: float | None, steps: int) -> optax.Schedule:
+def _rate(schedule: str, first: float, last: float | None, steps: int) -> optax.Schedule:
   if last is None or last == first:
     return optax.constant_schedule(first)
   if schedule == 'cosine':
     return optax.cosine_decay_schedule(first, steps, alpha=last / first)
   if schedule == 'exponential':
     return optax.exponential_decay(first, steps, last / first)
-  if schedule == 'stairs':
-    rates = [first * (last / first) ** (i / (STAIRS - 1)) for i in range(STAIRS)]
-    ends = [round(steps * (GROWTH**i - 1) / (GROWTH**STAIRS - 1)) for i in range(1, STAIRS)]
-    return optax.join_schedules([optax.constant_schedule(rate) for rate in rates], ends)
-  raise UserError(f'{where}.schedule is {schedule!r}{near(schedule, SCHEDULES)}')
+  rates = [first * (last / first) ** (i / (STAIRS - 1)) for i in range(STAIRS)]
+  ends = [round(steps * (GROWTH**i - 1) / (GROWTH**STAIRS - 1)) for i in range(1, STAIRS)]
+  return optax.join_schedules([optax.constant_schedule(rate) for rate in rates], ends)

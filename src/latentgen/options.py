@@ -92,9 +92,10 @@ def built(where_: str, function_: Callable[..., Any], *fixed: Any, **options: An
   try:
     return function_(*fixed, **options)
   except UserError as error:
-    parent, _, last = where_.rpartition('.')
-    text = str(error)
-    relative = f'{parent}.{text}' if text.startswith(f'{last}.') else f'{where_}: {text}'
+    text, parts = str(error), where_.split('.')
+    tails = ['.'.join(parts[i:]) for i in range(1, len(parts))]  # from the longest
+    tail = next((tail for tail in tails if text.startswith(f'{tail}.')), '')
+    relative = where_.removesuffix(tail) + text if tail else f'{where_}: {text}'
     raise UserError(text if 'config.' in text else relative) from error
   except Exception as error:  # a value of the wrong type or size, found out wherever it is used
     raise UserError(f'{where_}: {one_line(error)}') from error

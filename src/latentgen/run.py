@@ -1,10 +1,13 @@
 """What the modes of the command line do; `collect` is in sweeps.py."""
 
 import argparse
+from collections.abc import Mapping
 import dataclasses
 import functools
 import json
+import math
 import pathlib
+import shlex
 from typing import Any
 
 import jax
@@ -14,6 +17,7 @@ import numpy as np
 from latentgen import assembly, config as configs, evaluate as evaluation, sections, workdir as workdirs
 from latentgen.errors import UserError
 from latentgen.evaluate import grids, report
+from latentgen.evaluate.base import fetch
 from latentgen.train import keys, loop, writers
 from latentgen.train.writers import say
 
@@ -29,10 +33,10 @@ class Command:
   flags: argparse.Namespace
 
   def text(self) -> str:
-    """The command that repeats the run."""
+    """The command that repeats the run, as a shell reads it."""
     spec = str(self.file.path) + (f':{self.file.variant}' if self.file.variant else '')
-    values = [f"'--config.{k}={v}'" if any(c in str(v) for c in " '\"(") else f'--config.{k}={v}' for k, v in self.overrides.items()]
-    return ' '.join(['python -m latentgen.main', f'--config={spec}', *values])
+    values = [f'--config.{key}={value}' for key, value in self.overrides.items()]
+    return shlex.join(['python', '-m', 'latentgen.main', f'--config={spec}', *values])
 
 
 def tasks(config: ConfigDict) -> dict[str, dict[str, Any]]:
@@ -69,7 +73,7 @@ def _trained(command: Command) -> tuple[loop.Run, dict[str, Any]]:
 def train(command: Command) -> None:
   """Trains what is not trained yet, then evaluates and reports."""
   run, mine = _open(command)
-  evaluation.check_subject(tasks(command.config), run.data, run.recipe[-1].method)
+  assembly.check_evaluation(run, tasks(command.config))
   with workdirs.claim(command.workdir, mine):
     for line in workdirs.changes(command.workdir, mine):
       say(line)
@@ -80,7 +84,7 @@ def train(command: Command) -> None:
 def evaluate(command: Command) -> None:
   """Evaluates a finished run again."""
   run, mine = _trained(command)
-  evaluation.check_subject(tasks(command.config), run.data, run.recipe[-1].method)
+  assembly.check_evaluation(run, tasks(command.config))
   with workdirs.claim(command.workdir, mine):
     _evaluate(command, run, mine)
 
@@ -109,15 +113,16 @@ def _evaluate(command: Command, run: loop.Run, mine: dict[str, Any]) -> None:
     findings.merge(evaluation.run_all(target, {name: options}))
   if jax.process_index():
     return
+  results = _finite(findings.results)
   made = {k: mine[k] for k in ('versions', 'revision', 'seed', 'mesh', 'data')}
-  evaluation.write_results(command.workdir / 'results.json', findings.results, made)
+  evaluation.write_results(command.workdir / 'results.json', results, made)
   pictures = evaluation.write_pictures(command.workdir / 'samples' / stage, findings.images)
   evaluation.write_tables(command.workdir / 'tables', findings.tables)
   report.write(
     command.workdir,
     config=mine,
     header=command.file.module.__doc__ or '',
-    results=findings.results,
+    results=results,
     pictures=pictures,
     metrics=_rows(command.workdir / 'metrics.jsonl'),
     paper=[dict(row) for row in sections.plain(command.config.get('paper', ()))],
@@ -125,6 +130,18 @@ def _evaluate(command: Command, run: loop.Run, mine: dict[str, Any]) -> None:
     tables=findings.tables.values(),
   )
   say(f'report: {command.workdir / "report.html"}')
+
+
+def _finite(results: Mapping[str, evaluation.Result]) -> dict[str, evaluation.Result]:
+  """The results whose value and standard error are finite; of each other one a line is said."""
+  kept = {}
+  for name, result in results.items():
+    if math.isfinite(result.value) and (result.stderr is None or math.isfinite(result.stderr)):
+      kept[name] = result
+    else:
+      error = '' if result.stderr is None else f' ± {result.stderr}'
+      say(f'{name} is not finite ({result.value}{error}) and is left out of results.json')
+  return kept
 
 
 def _rows(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -151,8 +168,10 @@ def sample(command: Command) -> None:
   if flags.temperature != 1.0 and hasattr(target.method, 'readjust'):
     variables = jax.jit(target.method.readjust, static_argnums=2)(variables, keys.named(key, 'readjust'), flags.temperature)
   count = -(-flags.num // size)
-  images = np.concatenate([np.asarray(draw(variables, jax.random.fold_in(key, i))) for i in range(count)])[: flags.num]
+  images = np.concatenate([fetch(draw(variables, jax.random.fold_in(key, i))) for i in range(count)])[: flags.num]
   with workdirs.claim(command.workdir, mine):
+    if jax.process_index():
+      return
     folder = command.workdir / 'samples' / run.recipe[-1].name
     folder.mkdir(parents=True, exist_ok=True)
     np.savez(folder / f'drawn-{sampler}.npz', images=images)

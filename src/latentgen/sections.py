@@ -68,12 +68,26 @@ def check(config: Any) -> None:
   for key, names in (('recipe', config['recipe']), ('evaluate.tasks', config.get('evaluate', {}).get('tasks', ()))):
     if not isinstance(names, tuple) or not all(isinstance(n, str) for n in names):
       raise UserError(f'config.{key} is {names!r}, need a tuple of names')
+  _check_paper(config.get('paper', ()))
   seed = config.get('seed', 0)
   if type(seed) is not int or not 0 <= seed < 2**32:
     raise UserError(f'config.seed is {seed!r}, need a whole number from 0 to {2**32 - 1}')
   for key, value in flatten(config).items():
     counts = key.startswith(('model.', 'evaluate.')) or re.match(r'stages\.[^.]*\.method\.', key)
     _finite(key, value, LARGEST if counts else 2**63 - 1)
+
+
+def _check_paper(rows: Any) -> None:
+  if not isinstance(rows, tuple):
+    raise UserError(f'config.paper is {rows!r}, need a tuple of rows dict(name=..., paper=..., ours=...)')
+  for row in rows:
+    if not isinstance(row, Mapping) or not isinstance(row.get('name'), str):
+      raise UserError(f'config.paper holds {row!r}, need rows dict(name=..., paper=..., ours=...)')
+    if not isinstance(row.get('when', {}), Mapping):
+      raise UserError(f"config.paper holds a row with when = {row['when']!r}, need a section of config keys")
+    ours = row.get('ours', ())
+    if not all(isinstance(name, str) for name in (ours if isinstance(ours, tuple) else (ours or '',))):
+      raise UserError(f'config.paper holds a row with ours = {ours!r}, need the name of a result, or several')
 
 
 def _section(key: str, value: Any) -> Mapping[str, Any]:

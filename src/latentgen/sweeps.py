@@ -13,7 +13,8 @@ import jax
 from latentgen.config import File
 from latentgen.errors import UserError, near
 from latentgen.evaluate import charts, report
-from latentgen.evaluate.writing import natural, replace_file
+from latentgen.evaluate.writing import natural
+from latentgen.files import replace_file
 from latentgen.train.writers import say
 
 CHART_KEYS = ('x', 'y', 'label', 'title', 'log')
@@ -207,16 +208,17 @@ def _is_number(value: Any) -> bool:
 
 
 def draw(chart: Mapping[str, Any], members: Sequence[Member], keys: Sequence[str]) -> bytes:
-  """One chart as SVG: runs whose label is a number joined in its order, others on their own.
+  """One chart as SVG: runs whose label is a number joined in its order, others on their own; where nothing is swept, by name.
 
   A run that has no number for x because the swept key holds a word ('learned') is a horizontal line at its y.
   """
-  label = chart.get('label', keys[0])
-  numbers = sorted((m for m in members if _is_number(m.value(label))), key=lambda m: m.value(label))
-  words = [m for m in members if not _is_number(m.value(label))]
+  label = chart.get('label', keys[0] if keys else None)
+  named = lambda m: m.name if label is None else m.value(label)
+  numbers = sorted((m for m in members if _is_number(named(m))), key=named)
+  words = [m for m in members if not _is_number(named(m))]
   with charts.style():
     figure, ax = charts.axes(4.6, 3.2)
-    points = [(m.value(chart['x']), m.value(chart['y']), m.value(label)) for m in numbers]
+    points = [(m.value(chart['x']), m.value(chart['y']), named(m)) for m in numbers]
     points = [p for p in points if _is_number(p[0]) and _is_number(p[1])]
     if points:
       ax.plot([p[0] for p in points], [p[1] for p in points], color=charts.COLORS[0], lw=1.5, marker='o', ms=4)
@@ -226,9 +228,9 @@ def draw(chart: Mapping[str, Any], members: Sequence[Member], keys: Sequence[str
     for i, m in enumerate(words):
       x, y, color = m.value(chart['x']), m.value(chart['y']), charts.COLORS[1 + i % (len(charts.COLORS) - 1)]
       if _is_number(x) and _is_number(y):
-        ax.plot([x], [y], color=color, ls='', marker='D', ms=6, label=_plain(m.value(label)))
+        ax.plot([x], [y], color=color, ls='', marker='D', ms=6, label=_plain(named(m)))
       elif _is_number(y):
-        ax.axhline(y, color=color, lw=1.5, ls='--', label=_plain(m.value(label)))
+        ax.axhline(y, color=color, lw=1.5, ls='--', label=_plain(named(m)))
     for axis in chart.get('log', ''):
       getattr(ax, f'set_{axis}scale')('log')
     ax.set(xlabel=_plain(chart['x']), ylabel=_plain(chart['y']))

@@ -15,10 +15,12 @@ import jax
 
 from latentgen.config import File
 from latentgen.errors import UserError
+from latentgen.files import TEMPORARY, replace_file
 from latentgen.sections import flatten
 
 PACKAGES = ('latentgen', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy', 'ml-collections')
-FREE = ('evaluate.', 'paper.', 'train.log_every_steps', 'train.keep_', 'mesh.', 'debug.')  # what may differ when a run is resumed
+OURS = ('.lock', f'config.json{TEMPORARY}')  # how names begin that are there before config.json
+FREE = ('evaluate.', 'paper', 'train.log_every_steps', 'train.keep_', 'mesh.', 'debug.')  # what may differ when a run is resumed
 
 
 def describe(file: File, config: dict[str, Any], overrides: dict[str, Any], mesh: jax.sharding.Mesh) -> dict[str, Any]:
@@ -89,9 +91,11 @@ def check(workdir: pathlib.Path, mine: dict[str, Any]) -> None:
   except OSError as error:
     raise UserError(f'--workdir: {workdir} cannot be looked up ({error.strerror}); take another folder') from error
   found = read(workdir)
-  if found is None:
-    if workdir.is_dir() and any(p.name != '.lock' for p in workdir.iterdir()):
+  if found is None and workdir.is_dir() and any(not p.name.startswith(OURS) for p in workdir.iterdir()):
+    found = read(workdir)  # another process of this run may have begun in between
+    if found is None:
       raise UserError(f'--workdir: {workdir} holds files but no run (no config.json); take another folder')
+  if found is None:
     return
   if (found['experiment'], found['variant']) != (mine['experiment'], mine['variant']):
     names = [':'.join(filter(None, (d['experiment'], d['variant']))) for d in (found, mine)]
@@ -114,7 +118,7 @@ def claim(workdir: pathlib.Path, mine: dict[str, Any]):
   """
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=workdir):
+    with tempfile.TemporaryFile(dir=workdir, prefix='.lock-'):
       pass
     lock = os.fdopen(os.open(workdir / '.lock', os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644), 'w')
   except OSError as error:
@@ -132,7 +136,4 @@ def claim(workdir: pathlib.Path, mine: dict[str, Any]):
 
 def write_json(path: pathlib.Path, value: Any) -> None:
   """Whole or not at all."""
-  partial = path.with_name(path.name + '.tmp')
-  partial.unlink(missing_ok=True)  # what a kill left, or a link that leads elsewhere
-  partial.write_text(json.dumps(value, indent=2) + '\n')
-  os.replace(partial, path)
+  replace_file(path, (json.dumps(value, indent=2) + '\n').encode())

@@ -28,7 +28,7 @@ def load(held_out_classes: Sequence[int] = ()) -> dict[str, ArraySource]:
   """
   held = list(held_out_classes) if isinstance(held_out_classes, Sequence) else [None]
   if not all(isinstance(c, int) for c in held) or not set(held) < set(range(10)):
-    raise UserError(f'config.data.held_out_classes = {held_out_classes!r} must be some of the digits 0 to 9')
+    raise UserError(f'config.data.held_out_classes = {held_out_classes!r} must be a tuple of some of the digits 0 to 9, as (8,)')
   grey, target = _raw()
   images = np.round(grey * (255 / 16)).astype(np.uint8)[..., None]
   everything = ArraySource(images, target, 'digits', num_classes=10)

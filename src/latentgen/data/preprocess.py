@@ -56,12 +56,18 @@ def make(
   if binarize != 'none' and dequantize:
     raise UserError(f"config.data.dequantize needs config.data.binarize = 'none', not {binarize!r}")
 
-  plain = binarize == 'none' and not dequantize and bits == 8 and not pad and not flip
+  defaults = dict(bits=8, dequantize=False, pad=0, flip=False)
+  chosen = {name: value for name, value in dict(bits=bits, dequantize=dequantize, pad=pad, flip=flip).items() if value != defaults[name]}
 
   def preprocess(key: Key, batch: Batch, train: bool) -> dict[str, Array]:
     x = jnp.asarray(batch['image'])
-    if x.dtype == jnp.float32 and plain:
+    if x.dtype == jnp.float32 and binarize == 'none' and not chosen:
       return dict(batch)
+    if binarize != 'none':
+      _check_bytes(binarize, x.dtype)
+    if x.dtype == jnp.float32:
+      name, value = next(iter(chosen.items()))
+      raise UserError(f'config.data.{name} = {value!r} needs images of bytes, and these are {x.dtype}; set it to {defaults[name]!r}')
     if x.dtype != jnp.uint8 or x.ndim != 4:
       raise TypeError(f"batch['image'] must be uint8 [b, h, w, c], not {x.dtype} {list(x.shape)}")
     flip_key, pixel_key = jax.random.split(key)
@@ -80,6 +86,11 @@ def make(
     return {**batch, 'image': x}
 
   return preprocess
+
+
+def _check_bytes(binarize: str, dtype: np.dtype) -> None:
+  if dtype != np.uint8:
+    raise UserError(f"config.data.binarize = {binarize!r} needs images of bytes, and these are {dtype}; leave it at 'none'")
 
 
 def _levels(key: Key, x: Array, bits: int, dequantize: bool) -> Array:
@@ -105,6 +116,9 @@ def binarize_fixed(source: Source, seed: int, chunk: int = 4096) -> ArraySource:
     seed: of the draw.
     chunk: images drawn at a time; no influence on the result.
 
+  Raises:
+    UserError: the images are no bytes.
+
   References:
     R. Salakhutdinov and I. Murray, On the quantitative analysis of deep belief networks, ICML 2008 (the practice of
     fixing one binarised copy of MNIST).
@@ -114,6 +128,7 @@ def binarize_fixed(source: Source, seed: int, chunk: int = 4096) -> ArraySource:
   labels = np.empty(len(source), np.int32)
   for start in range(0, len(source), chunk):
     batch = source.take(slice(start, start + chunk))
+    _check_bytes('fixed', batch['image'].dtype)
     x = batch['image'].astype(np.uint64)
     draw = stream.random_raw(x.size).reshape(x.shape) >> np.uint64(32)  # uniform over 0 .. 2^32 - 1
     images[start : start + chunk] = np.where(draw * np.uint64(255) < x << np.uint64(32), 255, 0)

@@ -24,6 +24,7 @@ from latentgen.evaluate.base import (
 )
 
 NEEDS = ('classify',)
+LABELS = True
 
 
 def run(

@@ -18,6 +18,7 @@ from latentgen.evaluate.features import grey_images
 BASELINES = ('gmm', 'kmeans', 'pixels')
 FLOOR = 1e-4  # added to the variances of the fitted Gaussians
 NEEDS = ('trace',)
+LABELS = True
 
 
 def run(

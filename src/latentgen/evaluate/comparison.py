@@ -12,7 +12,7 @@ import time
 import jax
 import numpy as np
 
-from latentgen.errors import UserError
+from latentgen.errors import UserError, near
 from latentgen.evaluate import charts, frechet, likelihood, two_sample
 from latentgen.evaluate.base import (
   Findings,
@@ -24,7 +24,6 @@ from latentgen.evaluate.base import (
   check_count,
   drawn,
   named_key,
-  near,
   per_example,
   seed_of,
 )
@@ -87,7 +86,8 @@ def run(
     comparison/<prior>/auroc (latent two-sample test), /frechet, /kernel, /precision, /recall, /density, /coverage (features
     of a small classifier), /elbo, /iwae and /gain, log p(x) over that of the first prior (where there is a density),
     /parameters, /evaluations (of the prior's networks, a sample); comparison/real/... for training images in place of
-    samples. Table: these, seconds of training and of sampling. Pictures: samples of every prior; the AUROC with its error.
+    samples. Table: these, seconds of training and of sampling. Pictures: comparison_samples, of every
+    prior; comparison_auroc, with its error.
 
   Raises:
     UserError: for a bad value, naming the key.
@@ -126,7 +126,7 @@ def run(
     clock[name, 'training'] = sum(subject.seconds.get(stage, 0.0) for stage in stages)
     clock[name, 'sampling'] = _seconds(mine, sampler, timed)
   pictures = {
-    'before_after': Picture(
+    'comparison_samples': Picture(
       _rows(panels), 'One network, many priors', f'{count} decoder means of each prior, from the same key; not selected.'
     ),
     'comparison_auroc': Picture(

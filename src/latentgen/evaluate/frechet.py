@@ -4,7 +4,8 @@ They order the samplers of one model on one data set, and nothing else. They are
 other features, other scale; results are named after the features so that nobody takes one for the other.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -15,12 +16,18 @@ from latentgen.evaluate.base import (
   Subject,
   average,
   check_count,
+  check_images,
   chosen_samplers,
   drawn,
   named_key,
   seed_of,
 )
 from latentgen.evaluate.statistics import bootstrap, frechet, kernel_distance
+
+
+def check(data: Mapping[str, Any], *, split: str = 'test', limit: int | None = 5000, blocks: int = 10, **_) -> None:
+  """Refuses fewer images than two a block."""
+  check_images(data, 'frechet', split, limit, 2 * blocks)
 
 
 def run(

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from latentgen.errors import UserError
+from latentgen.errors import UserError, near
 from latentgen.evaluate import charts
 from latentgen.evaluate.base import (
   Findings,
@@ -27,7 +27,6 @@ from latentgen.evaluate.base import (
   check_count,
   drawn,
   named_key,
-  near,
   per_example,
 )
 from latentgen.samplers.manifolds import on_manifold

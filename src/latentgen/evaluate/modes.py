@@ -24,8 +24,10 @@ def check(data: Mapping[str, Any], **options) -> None:
   del options
   source = data['train']
   size = math.prod(source.shape)
-  if size != DIMS or not source.num_classes:
+  if size != DIMS:
     raise UserError(f"config.evaluate.tasks: 'modes' needs labelled points in the plane, not {source.shape}; leave it out")
+  if not source.num_classes:
+    raise UserError("config.evaluate.tasks: 'modes' needs labelled points, and these data have no labels; leave it out")
 
 
 def run(

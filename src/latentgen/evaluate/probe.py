@@ -15,6 +15,7 @@ from latentgen.evaluate import features
 from latentgen.evaluate.base import Findings, Result, Subject, average, check_count, codes, labelled, named_key, seed_of
 
 NEEDS = ('trace',)
+LABELS = True
 
 
 def run(

@@ -16,11 +16,12 @@ from PIL import Image
 
 from latentgen.evaluate import charts
 from latentgen.evaluate.base import Result, Table
-from latentgen.evaluate.writing import as_json, natural, replace_file
+from latentgen.evaluate.writing import as_json, natural
+from latentgen.files import replace_file
 
 META = ('experiment', 'variant', 'overrides', 'seed', 'mesh', 'data', 'versions')  # of config.json, beside the config
 MAX_LINES = 8  # in one chart
-FIRST = 'before_after'
+FIRST = ('before_after', 'comparison_samples')  # stems of pictures, of which the first that there is leads
 
 
 def write(
@@ -43,8 +44,8 @@ def write(
     header: docstring of the experiment: the first line is the title; from a line that starts with 'Deviations' or
       'Where this differs', the deviations from the paper.
     results: {name: Result}, or {name: {'value', 'unit', 'n', 'stderr'}}.
-    pictures: [{'title', 'caption', 'path'}] as `write_pictures` returns them; paths absolute or below workdir. One
-      whose file is named before_after comes first.
+    pictures: [{'title', 'caption', 'path'}] as `write_pictures` returns them; paths absolute or below workdir. The
+      one whose file has a name of FIRST comes first.
     metrics: rows of metrics.jsonl: {'step', 'stage', 'split', name: number ...}.
     paper: the paper's numbers, rows {'name', 'paper', 'ours': a name in results, or a list of such names, 'note'}; a row with
       'when', {dotted config key: value}, is shown if the run had these values.
@@ -58,7 +59,7 @@ def write(
   results = as_json({name: r if isinstance(r, Result) else Result(**r) for name, r in results.items()})
   title, about, deviations = split_header(header)
   shown = [_inline(picture, workdir) for picture in pictures]
-  lead = next((p for p in shown if p['stem'] == FIRST), None)
+  lead = next((p for stem in FIRST for p in shown if p['stem'] == stem), None)
   settings = config['config'] if isinstance(config.get('config'), Mapping) else config
   known = META if settings is not config else ()
   meta = [(name, summary(config[name])) for name in known if config.get(name) not in (None, '', {})]
@@ -131,7 +132,7 @@ def number(value: float, stderr: float | None = None) -> str:
   """A number to the last place that its standard error lets one read, else to four digits or so."""
   if float(value).is_integer() and abs(value) < 1e9:
     return f'{int(value):,}'
-  if stderr:
+  if stderr and math.isfinite(stderr):
     places = min(max(1 - math.floor(math.log10(stderr)), 0), 8)
     return f'{value:,.{places}f}'
   return f'{value:.4g}' if abs(value) < 1000 else f'{value:,.1f}'

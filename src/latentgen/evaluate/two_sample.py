@@ -13,7 +13,8 @@ References:
   D. Lopez-Paz and M. Oquab, Revisiting classifier two-sample tests, 2017, arXiv 1610.06545.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 import warnings
 
 import jax
@@ -27,6 +28,7 @@ from latentgen.evaluate.base import (
   Subject,
   check_choice,
   check_count,
+  check_images,
   chosen_samplers,
   named_key,
   per_example,
@@ -36,8 +38,16 @@ from latentgen.evaluate.base import (
 from latentgen.evaluate.statistics import auroc, balanced_accuracy, pooled
 
 CLASSIFIERS = ('both', 'quadratic', 'network')
+COORDINATES = ('z', 'eps')
 Latents = list[np.ndarray]  # per level
 NEEDS = ('trace',)
+
+
+def check(
+  data: Mapping[str, Any], *, split: str | Sequence[str] = 'test', limit: int | None = 5000, folds: int = 5, **_
+) -> None:
+  """Refuses fewer images than two a fold."""
+  check_images(data, 'two_sample', split, limit, 2 * folds)
 
 
 def run(
@@ -73,7 +83,7 @@ def run(
     UserError: for a bad value, naming the key.
   """
   where = 'config.evaluate.two_sample'
-  check_choice(f'{where}.coordinates', coordinates, ('z', 'eps'))
+  check_choice(f'{where}.coordinates', coordinates, COORDINATES)
   check_choice(f'{where}.classifier', classifier, CLASSIFIERS)
   check_count(f'{where}.draws', draws)
   check_count(f'{where}.folds', folds, least=2)

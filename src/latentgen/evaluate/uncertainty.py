@@ -9,7 +9,9 @@ References:
   O. Rybkin, K. Daniilidis, S. Levine, Simple and effective VAE training with calibrated decoders, 2020, arXiv 2006.13202.
 """
 
+from collections.abc import Callable, Mapping
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +31,13 @@ from latentgen.types import Trace
 LEVELS = np.arange(1, 20) / 20  # nominal coverage
 SPREAD = 1e-6  # relative range of sigma below which it is one number
 NEEDS = ('trace',)
+
+
+def check(data: Mapping[str, Any], *, trace: Callable[[], Trace] | None = None, **_) -> None:
+  """Refuses a decoder that is not Gaussian."""
+  del data
+  if trace is not None:
+    gaussian(trace())
 
 
 def run(

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from latentgen.evaluate.base import Picture, Result, Table
+from latentgen.files import replace_file
 
 
 def as_json(results: Mapping[str, Result]) -> dict[str, dict]:
@@ -85,13 +86,3 @@ def png(array: np.ndarray) -> bytes:
   buffer = io.BytesIO()
   Image.fromarray(array).save(buffer, format='png', optimize=True)
   return buffer.getvalue()
-
-
-def replace_file(path: str | os.PathLike, content: bytes) -> None:
-  """Writes beside the file and moves into place."""
-  path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  beside = path.with_name(f'.{path.name}.partial')
-  beside.unlink(missing_ok=True)  # what a kill left, or a link that leads elsewhere
-  beside.write_bytes(content)
-  os.replace(beside, path)

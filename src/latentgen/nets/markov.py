@@ -203,6 +203,8 @@ def build(image_shape: Sequence[int], **options: Any) -> MarkovVAE:
     raise UserError(f'model.latents is {net.latents}: it needs the dimensions of every latent, bottom up')
   if len(net.hidden) != len(net.latents):
     raise UserError(f'model.hidden has {len(net.hidden)} entries, model.latents {len(net.latents)}: one tuple of widths a latent')
+  if any(width < 1 for widths in net.hidden for width in widths):
+    raise UserError(f'model.hidden is {net.hidden!r}, need positive whole numbers')
   if net.activation not in ACTIVATIONS:
     raise UserError(f'model.activation is {net.activation!r}{near(net.activation, ACTIVATIONS)}')
   if net.likelihood not in LIKELIHOODS:

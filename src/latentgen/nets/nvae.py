@@ -365,6 +365,11 @@ def build(image_shape: Sequence[int], **options: Any) -> NVAE:
   """
   options['groups'] = tuple(options.get('groups', NVAE.groups))
   net = NVAE(tuple(image_shape), **options)
+  for name in ('latent', 'channels', 'cells_encoder', 'cells_decoder', 'mixtures', 'bits'):
+    if type(value := getattr(net, name)) is not int or value < 1:
+      raise UserError(f'model.{name} is {value!r}, need a positive whole number')
+  if net.flows < 0:
+    raise UserError(f'model.flows is {net.flows!r}, need at least 0')
   if not net.groups or min(net.groups) < 1:
     raise UserError(f'model.groups is {net.groups}: it needs one positive number a level, coarse to fine')
   if net.likelihood not in images.LIKELIHOODS:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from latentgen.errors import UserError
+from latentgen.files import replace_file
 
 SHOWN = 6  # metrics on a console line
 
@@ -50,10 +51,7 @@ class Metrics:
       if not past:
         kept.append(line)
     if len(kept) != len(lines):
-      partial = self._path.with_suffix('.tmp')
-      partial.unlink(missing_ok=True)
-      partial.write_text(''.join(line + '\n' for line in kept))
-      partial.replace(self._path)
+      replace_file(self._path, ''.join(line + '\n' for line in kept).encode())
 
   def write(self, stage: str, step: int, values: Mapping[str, float], split: str = 'train') -> None:
     if not self._lead:
@@ -114,10 +112,7 @@ class Clock:
     seconds[stage] = round(seconds.get(stage, 0.0) + now - self._last, 3)
     self._last = now
     if jax.process_index() == 0:
-      partial = self._path.with_suffix('.tmp')
-      partial.unlink(missing_ok=True)
-      partial.write_text(json.dumps(seconds, indent=2) + '\n')
-      partial.replace(self._path)
+      replace_file(self._path, (json.dumps(seconds, indent=2) + '\n').encode())
 
 
 class StageProgress:
