@@ -277,11 +277,14 @@ def test_free_bits_stop_the_gradient_per_group_and_image():
     np.testing.assert_allclose(grads['layer_1']['posterior']['head']['layer']['bias'][:2], want, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize('step, floor', [(0, 2.0), (60, 2.0), (80, 1.0), (100, 0.0)])
-def test_free_bits_fall_to_nothing(step, floor):
+@pytest.mark.parametrize('step, counts', [(0, 1.0), (60, 1.0), (80, 0.5), (100, 0.0)])
+def test_free_bits_fade_until_the_rates_themselves_are_paid(step, counts):
+  """Also rates below 0, which one sample may have."""
+  rates, floored = jnp.array([-0.7, 0.0, 1.9, 2.5]), np.array([2.0, 2.0, 2.0, 2.5])
   method = vae.build(tiny()[0], 100, free_bits=2.0, free_bits_decay=0.4)
-  np.testing.assert_allclose(method.floor(jnp.asarray(step)), floor, rtol=1e-6)
-  assert vae.build(tiny()[0], 100, free_bits=2.0).floor(jnp.asarray(99)) == 2.0
+  want = counts * floored + (1 - counts) * np.asarray(rates)
+  np.testing.assert_allclose(method.charged(rates, jnp.asarray(step)), want, rtol=1e-6)
+  np.testing.assert_allclose(vae.build(tiny()[0], 100, free_bits=2.0).charged(rates, jnp.asarray(99)), floored)
 
 
 # ---------------------------------------------------------------------------------------- layers

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from latentgen import losses
 from latentgen.distributions import Normal
 from latentgen.errors import UserError, near
-from latentgen.methods.base import LatentMethod
+from latentgen.methods.base import LatentMethod, without_classes
 from latentgen.types import Array, Aux, Batch, Context, Key, LatentNet, Params, Trace, Update, Variables
 
 OBJECTIVES = ('vae', 'iwae', 'miwae', 'piwae', 'ciwae', 'stl', 'dreg')
@@ -113,6 +113,7 @@ def pathwise_log_weight(trace: Trace) -> Array:
 def build(net: LatentNet, steps: int, **options: Any) -> IWAE:
   """The method as a config names it; see IWAE for the options."""
   del steps
+  without_classes(net, 'iwae')
   method = IWAE(net, **options)
   if method.objective not in OBJECTIVES:
     raise UserError(f'method.objective is {method.objective!r}{near(method.objective, OBJECTIVES)}')

@@ -47,7 +47,7 @@ class SemiSupervised(vae.VAE):
     label = ctx.batch['label']
     known = label >= 0
     rates = jnp.concatenate(trace.rate()).reshape(-1, k, classes, b)  # [l, k, classes, b]
-    floored = losses.free_bits(rates, self.floor(ctx.step)) if self.free_bits else rates
+    charged = self.charged(rates, ctx.step)
     log_px = trace.log_px.reshape(k, classes, b)
     log_qy = jnp.moveaxis(log_qy, 2, 1)  # [k, classes, b]
     beta = self.beta * self.schedule(ctx.step)
@@ -58,7 +58,7 @@ class SemiSupervised(vae.VAE):
       each = log_px - weight * kl.sum(0) - jnp.log(classes)
       return (given * each).sum(1).mean(0), (jnp.exp(log_qy) * (each - log_qy)).sum(1).mean(0)
 
-    labelled, unlabelled = objectives(floored, beta)
+    labelled, unlabelled = objectives(charged, beta)
     log_label = (given * log_qy).sum(1).mean(0)
     loss = -jnp.where(known, labelled + self.alpha * log_label, unlabelled).mean()
 
@@ -118,5 +118,4 @@ def build(
     raise UserError(f'method.samples is {samples}, need at least 1')
   shared = dict(samples=samples, beta=beta, warmup_portion=warmup_portion, warmup_start=warmup_start)
   shared |= dict(free_bits=free_bits, free_bits_decay=free_bits_decay)
-  base = vae.build(net, steps, **shared)
-  return SemiSupervised(**{f.name: getattr(base, f.name) for f in dataclasses.fields(base)}, alpha=alpha)
+  return SemiSupervised(net, steps, **vae.checked(shared), alpha=alpha)

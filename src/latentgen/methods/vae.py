@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from latentgen import losses
 from latentgen.errors import UserError
-from latentgen.methods.base import LatentMethod, per_group
+from latentgen.methods.base import LatentMethod, per_group, without_classes
 from latentgen.nets import spectral
 from latentgen.types import Array, Aux, Batch, Context, Key, LatentNet, Params, Trace, Update, Variables
 
@@ -28,10 +28,11 @@ class VAE(LatentMethod):
     samples: posterior samples an image, k.
     beta: final weight of the KL.
     warmup_portion: share of T over which the KL weight rises linearly to `beta`; 0 is no warm-up.
-    warmup_start: share of T before the rise; also the floor of the weight.
+    warmup_start: share of T before the rise. The weight is never below 1e-4 of `beta`.
     balance: equalise the groups' KL during warm-up.
     free_bits: nats of KL per group and image that cost nothing.
-    free_bits_decay: last share of T over which they fall linearly to 0; 0 keeps them.
+    free_bits_decay: last share of T over which max(kl, free_bits) passes linearly into kl, so that the stage ends on the bound;
+      0 keeps the floor. (With a floor that sinks to 0 a rate of one sample would end as max(r, 0), which is not r on average.)
     spectral: weight of the spectral term, (first, last), interpolated geometrically along the warm-up; (0, 0) is off.
   """
 
@@ -61,18 +62,22 @@ class VAE(LatentMethod):
       return jnp.ones(())
     return losses.kl_warmup(step, self.steps, self.warmup_start, self.warmup_portion)
 
-  def floor(self, step: Array) -> Array | float:
-    """Free bits at a step, nats."""
+  def charged(self, rates: Array, step: Array) -> Array:
+    """What the rates of groups and images cost at a step, free bits taken into account; nats, same shape."""
+    if not self.free_bits:
+      return rates
+    floored = losses.free_bits(rates, self.free_bits)
     if not self.free_bits_decay:
-      return self.free_bits
-    return self.free_bits * jnp.clip((self.steps - step) / (self.free_bits_decay * self.steps), 0.0, 1.0)
+      return floored
+    share = jnp.clip((self.steps - step) / (self.free_bits_decay * self.steps), 0.0, 1.0)
+    return rates + share * (floored - rates)
 
   def loss(self, params: Params, ctx: Context) -> tuple[Array, Aux]:
     trace, stats = self.infer(params, ctx.stats, ctx.batch['image'], ctx.key, self.samples, train=True)
     kl = per_group(trace.rate())  # [l, b]
     log_px = trace.log_px.mean(0)  # [b]
     ramp = self.schedule(ctx.step)
-    weighted = losses.free_bits(kl, self.floor(ctx.step)) if self.free_bits else kl
+    weighted = self.charged(kl, ctx.step)
     if self.balance:
       gamma = losses.kl_balance(weighted, balance_alpha(trace))
       weighted = jnp.where(ramp < 1.0, gamma, 1.0)[:, None] * weighted
@@ -101,11 +106,23 @@ def balance_alpha(trace: Trace) -> Array:
 
 def build(net: LatentNet, steps: int, **options) -> VAE:
   """The method as a config names it; see VAE for the options."""
+  without_classes(net, 'vae')
+  return VAE(net, steps, **checked(options))
+
+
+def checked(options: dict) -> dict:
+  """Options of `VAE` whose values can be.
+
+  Raises:
+    UserError: naming the one that cannot.
+  """
   options['spectral'] = tuple(options.get('spectral', (0.0, 0.0)))
   if len(options['spectral']) != 2 or min(options['spectral']) < 0 or (0.0 in options['spectral'] and any(options['spectral'])):
     raise UserError('method.spectral needs two weights, both positive or both 0')
-  if options.get('free_bits', 0.0) < 0:
-    raise UserError(f'method.free_bits is {options["free_bits"]}, need at least 0')
-  if not 0 <= options.get('free_bits_decay', 0.0) <= 1:
-    raise UserError(f'method.free_bits_decay is {options["free_bits_decay"]}, need a share of the stage, 0 to 1')
-  return VAE(net, steps, **options)
+  for name in ('beta', 'free_bits'):
+    if options.get(name, 0.0) < 0:
+      raise UserError(f'method.{name} is {options[name]}, need at least 0')
+  for name in ('free_bits_decay', 'warmup_portion', 'warmup_start'):
+    if not 0 <= options.get(name, 0.0) <= 1:
+      raise UserError(f'method.{name} is {options[name]}, need a share of the stage, 0 to 1')
+  return options
