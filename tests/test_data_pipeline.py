@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -47,11 +48,15 @@ def test_order_depends_on_the_seed_alone():
 
 def test_reading_ahead_changes_nothing():
   expected = draw(pipeline.train_iterator(numbered(), 10, 1), 23)
-  it = pipeline.train_iterator(numbered(), 10, 1, read_ahead=4)
+  threads, stored = set(), numbered()
+  take, stored.stored = stored.take, True
+  stored.take = lambda indices: (threads.add(threading.get_ident()), take(indices))[1]
+  it = pipeline.train_iterator(stored, 10, 1)
   assert draw(it, 9) == expected[:9]
+  assert threads and threading.get_ident() not in threads
   state = it.get_state()
   it.close()
-  again = pipeline.train_iterator(numbered(), 10, 1, read_ahead=4)
+  again = pipeline.train_iterator(stored, 10, 1)
   again.set_state(state)
   assert draw(again, 14) == expected[9:]
   again.close()

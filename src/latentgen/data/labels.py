@@ -29,7 +29,7 @@ class Relabelled:
     self, source: Source, rows: np.ndarray, labels: np.ndarray, distinct: int | None = None, name: str | None = None
   ):
     self.name = source.name if name is None else name
-    self.num_classes, self.shape = source.num_classes, source.shape
+    self.num_classes, self.shape, self.stored = source.num_classes, source.shape, source.stored
     self.distinct = len(rows) if distinct is None else distinct
     self._source, self._rows, self._labels = source, np.asarray(rows, np.intp), np.asarray(labels, np.int32)
 

@@ -12,6 +12,8 @@ from latentgen.errors import UserError
 
 Batches = dict[str, np.ndarray]
 
+AHEAD = 4  # batches that threads read in advance from sources in storage
+
 
 class Steps:
   """Element t is what this process sees of global step t's batch; grain reads it like any other data source.
@@ -48,7 +50,7 @@ class Steps:
 
 
 def train_iterator(
-  source: Source, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1, read_ahead: int = 0
+  source: Source, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
 ):
   """Endless shuffled batches.
 
@@ -58,11 +60,11 @@ def train_iterator(
     seed: of the order.
     process_index: this process, `jax.process_index()`.
     process_count: number of processes; divides batch_size.
-    read_ahead: batches that threads prepare in advance; worth it for sources that read records, not for arrays.
 
   Returns:
     grain.DatasetIterator over {'image': uint8 [b, h, w, c], 'label': int32 [b]}, b = batch_size / process_count. Its
-    `get_state()` is small; `set_state` or `grain.checkpoint` go on with the very next batch.
+    `get_state()` is small; `set_state` or `grain.checkpoint` go on with the very next batch. `close()` ends the threads that read
+    in advance where the source is in storage.
 
   Raises:
     UserError: batch_size is no positive multiple of process_count, or larger than the split.
@@ -70,7 +72,8 @@ def train_iterator(
   import grain
 
   steps = Steps(source, batch_size, seed, process_index, process_count)
-  options = grain.ReadOptions(num_threads=min(read_ahead, 16), prefetch_buffer_size=read_ahead)
+  ahead = AHEAD if source.stored else 0
+  options = grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead)
   return iter(grain.MapDataset.source(steps).to_iter_dataset(options))
 
 

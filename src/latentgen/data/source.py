@@ -16,6 +16,7 @@ class Source(Protocol):
   name: str
   num_classes: int  # 0 where there are no labels
   shape: tuple[int, int, int]  # h, w, c of an image
+  stored: bool  # whether examples are read from storage each time, which is worth doing in advance
 
   def __len__(self) -> int: ...
 
@@ -47,6 +48,8 @@ class ArraySource:
   Raises:
     ValueError: images are not uint8 or float32 [n, h, w, c], or labels do not fit.
   """
+
+  stored = False
 
   def __init__(
     self, images: np.ndarray, labels: np.ndarray | None = None, name: str = '', num_classes: int | None = None
@@ -101,6 +104,8 @@ class RecordSource:
     identity: text that identifies the content (name, version, sizes, options of decoding), for the checksum.
     indices: int [n] records that belong to the source, in order; default all.
   """
+
+  stored = True
 
   def __init__(
     self,

@@ -240,7 +240,8 @@ def _resume(run: Run, stage: Stage, store: Checkpoints, compile_step: Callable[[
 def _initial(run: Run, stage: Stage, abstract: TrainState, compile_step: Callable[[], None] = lambda: None) -> TrainState:
   """A fresh state, with the groups that earlier stages hand over; `compile_step` is called when the state's program is traced."""
   out = jax.tree.map(lambda a: a.sharding, abstract)
-  first = run.root, run.feed(next(run.iterator(stage)))
+  with contextlib.closing(run.iterator(stage)) as iterator:
+    first = run.root, run.feed(next(iterator))
   build = jax.jit(run.initialiser(stage), out_shardings=out).lower(*first)
   compile_step()  # not before: two threads that trace wait for each other, but one traces while the other compiles
   state = build.compile()(*first)
@@ -344,6 +345,7 @@ def _train_stage(run: Run, index: int, metrics: Metrics, notice: Notice) -> None
           raise Preempted(f'stopped by SIGTERM; all is saved, and the same command goes on from step {step} of {stage.name!r}')
   finally:
     progress.close()
+    iterator.close()
     store.wait()
     store.close()
 
