@@ -44,7 +44,8 @@ def build(
       held three times as long as the one before (Burda et al., 2015, arXiv 1509.00519, section 5).
     weight_decay: added to the gradient times the parameter before the optimiser (L2, as torch does; optax's adamw decouples).
     clip_norm: clips the global norm of the gradient; 0 is off.
-    skip_norm: leaves out the update, the optimiser's state untouched, where the gradient's norm is larger; 0 is off.
+    skip_norm: leaves out the update, the optimiser's state untouched, where the gradient's norm is larger; 0 is off. What happens where
+      it is not finite, config.train.nonfinite says.
     rates: pairs (regular expression over 'decoder/log_scale' and the like, factor on the learning rate); the first match
       wins, and what none matches has factor 1. A pattern may match nothing, as those of config.mesh.rules may.
     **options: further arguments of the optax function.
