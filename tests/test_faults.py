@@ -97,6 +97,14 @@ def test_a_process_that_dies_ends_the_other_with_one_line_and_the_same_command_g
   assert status == [143, 143] and re.search(r'vae: resuming from step \d+0\n', said[0]), said
 
 
+def test_a_fit_in_closed_form_takes_and_leaves_parameters_that_two_processes_share(tmp_path):
+  args = [f'--config={ROOT}/experiments/prior_comparison.py:smoke', "--config.recipe=('vae', 'normal')"]
+  args += ["--config.evaluate.tasks=('samples',)", '--config.mesh.fsdp=2', '--config.mesh.min_shard_size=16']
+  status, said = end(pair(tmp_path / 'run', *args), seconds=300)
+  assert status == [0, 0], said
+  assert "vae: parameters P('fsdp',)" in said[0] and (tmp_path / 'run' / 'checkpoints' / 'normal' / '0').is_dir()
+
+
 def test_two_processes_evaluate_like_one(tmp_path):
   args = [f'--config={ROOT}/experiments/vae_nce.py:smoke']
   both = pair(tmp_path / 'two', *args)

@@ -266,21 +266,12 @@ class MixturePrior(LatentMethod):
 
     return choose
 
-  def simulate(
-    self,
-    variables: Variables,
-    key: Key,
-    n: int,
-    sampler: str | None = None,
-    temperature: float = 1.0,
-    choose: Choose | None = None,
-    label: Array | None = None,
-  ) -> Trace:
+  def simulate(self, variables: Variables, key: Key, n: int, *args: Any, choose: Choose | None = None, **kwargs: Any) -> Trace:
     """As any method's, with the mixture as the prior that `choose` sees, and `log_p` under it."""
     p, own = self.mixture(variables), choose
     if choose is not None:
       own = lambda level, group, prior, context, key: choose(level, group, Repeated(p, n), context, key)
-    trace = super().simulate(variables, key, n, sampler, temperature, own, label)
+    trace = super().simulate(variables, key, n, *args, choose=own, **kwargs)
     return trace.replace(log_p=(p.log_prob(trace.z[0]),), prior=None)
 
 

@@ -414,11 +414,12 @@ def _fit(run: Run, index: int, metrics: Metrics) -> None:
   params = {**given['params'], **fitted['params']}
   for group in params:
     _same_shapes(params[group], abstract.params[group], f'config.stages.{stage.name}: group {group!r} after fit')
-  bad = [g for g in params if not all(np.isfinite(x).all() for x in jax.tree.leaves(jax.device_get(params[g])))]
+  params, stats = jax.device_get((params, {**given['stats'], **fitted.get('stats', {})}))
+  bad = [g for g in params if not all(np.isfinite(x).all() for x in jax.tree.leaves(params[g]))]
   if bad:
     raise TrainingDiverged(f'stage {stage.name!r}: the fit left values that are not finite in group {bad[0]!r}')
-  state = state.replace(params=params, stats={**given['stats'], **fitted.get('stats', {})})
-  state = jax.device_put(state, jax.tree.map(lambda a: a.sharding, abstract))
+  put = lambda host, like: jax.device_put(host, jax.tree.map(lambda a: a.sharding, like))
+  state = state.replace(params=put(params, abstract.params), stats=put(stats, abstract.stats))
   store = run.checkpoints(stage)
   store.save(0, state, None)
   store.close()
